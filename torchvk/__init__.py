@@ -1,0 +1,1 @@
+"""torchvk: quantize PyTorch models, lower them to Vulkan and run them on any GPU."""

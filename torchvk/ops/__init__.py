@@ -1,0 +1,37 @@
+"""What an operator is: attributes, shape rule, support rule, NumPy reference, kernels. One file a family."""
+
+from torchvk.ops.operator import (
+    Arg,
+    Array,
+    Capabilities,
+    CooperativeMatrixShape,
+    Dispatch,
+    Kernels,
+    Layout,
+    NoAttributes,
+    Operator,
+    OperatorError,
+    check,
+    get,
+    operators,
+    register,
+    supports,
+)
+
+__all__ = [
+    "Arg",
+    "Array",
+    "Capabilities",
+    "CooperativeMatrixShape",
+    "Dispatch",
+    "Kernels",
+    "Layout",
+    "NoAttributes",
+    "Operator",
+    "OperatorError",
+    "check",
+    "get",
+    "operators",
+    "register",
+    "supports",
+]
