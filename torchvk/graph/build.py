@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,8 +35,6 @@ class GraphBuilder:
 
     def constant(self, name: str, array: np.ndarray[Any, Any], dtype: DType | None = None) -> int:
         """Add a constant; ``dtype=DType.INT4`` packs integers in [-8, 7]. Equal constants are stored once."""
-        import hashlib
-
         dtype = dtype or DType.of(array.dtype)
         shape = tuple(int(size) for size in array.shape)
         raw = np.ascontiguousarray(pack_int4(array) if dtype is DType.INT4 else array)
@@ -78,7 +77,7 @@ class GraphBuilder:
         for index in outputs:
             if tensors[index].role is Role.TEMPORARY:
                 tensors[index] = replace(tensors[index], role=Role.OUTPUT)
-        blob = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.uint8)
+        blob: np.ndarray[Any, Any] = np.concatenate([np.zeros(0, np.uint8), *self._chunks])
         graph = Graph(
             tuple(tensors), tuple(self.nodes), tuple(self._inputs), tuple(outputs), memoryview(blob).toreadonly()
         )

