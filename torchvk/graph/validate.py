@@ -51,12 +51,13 @@ def validate(graph: Graph) -> None:
     defined = [tensor.role in (Role.INPUT, Role.CONSTANT) for tensor in graph.tensors]
     for position, node in enumerate(graph.nodes):
         where = f"node {position} ({node.op!r})"
-        for index in (*node.inputs, *node.outputs):
-            if index is not None and not 0 <= index < count:
-                raise FormatError(f"{where} names tensor {index} of {count}")
-        for index in node.inputs:
-            if index is not None and not defined[index]:
-                raise FormatError(f"{where} reads tensor {index} before it is written")
+        named = [operand for operand in (*node.inputs, *node.outputs) if operand is not None]
+        for operand in named:
+            if not 0 <= operand < count:
+                raise FormatError(f"{where} names tensor {operand} of {count}")
+        for read in node.inputs:
+            if read is not None and not defined[read]:
+                raise FormatError(f"{where} reads tensor {read} before it is written")
         for output in node.outputs:
             if defined[output]:
                 raise FormatError(f"{where} writes tensor {output}, which already has a value")
