@@ -1,0 +1,251 @@
+"""Device memory: sub-allocation from large blocks, each one VkDeviceMemory under one VkBuffer."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from torchvk.errors import OutOfMemoryError
+from torchvk.runtime import vulkan as vk
+
+if TYPE_CHECKING:
+    from torchvk.runtime.device import Device
+
+BLOCK_SIZE = 64 << 20
+ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
+USAGE = (
+    vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+)
+LOCAL = vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
+VISIBLE = vk.VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | vk.VK_MEMORY_PROPERTY_HOST_COHERENT_BIT
+CACHED = vk.VK_MEMORY_PROPERTY_HOST_CACHED_BIT
+
+# device: kernels only. direct: written by the host, read by kernels. result: written by kernels, read by the host.
+# upload, download: host memory on either side of a copy.
+Use = Literal["device", "direct", "result", "upload", "download"]
+
+
+@dataclass(eq=False)
+class Block:
+    """One VkDeviceMemory with one VkBuffer over all of it; ``free`` lists (offset, size), ascending."""
+
+    memory: vk.Struct
+    buffer: vk.Struct
+    size: int
+    type: int
+    mapped: np.ndarray[Any, Any] | None
+    free: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Allocation:
+    """A byte range of a block. ``size`` is a multiple of the alignment."""
+
+    block: Block
+    offset: int
+    size: int
+
+    def bytes(self) -> np.ndarray[Any, Any]:
+        """The mapped memory as uint8 [size]; only for uses that the host sees."""
+        assert self.block.mapped is not None
+        return self.block.mapped[self.offset : self.offset + self.size]
+
+
+class Allocator:
+    """Memory of one device. Thread-safe."""
+
+    def __init__(self, device: Device) -> None:
+        self._functions = device.functions
+        self._device = device.handle
+        self._physical = device.physical
+        self._lock = threading.Lock()
+        self._blocks: list[Block] = []
+        properties = device.physical.memory.memoryProperties
+        self._types = [(t.propertyFlags, t.heapIndex) for t in properties.memoryTypes[0 : properties.memoryTypeCount]]
+        self._heaps = [heap.size for heap in properties.memoryHeaps[0 : properties.memoryHeapCount]]
+        self._used = [0] * len(self._heaps)
+        self._largest = min(
+            device.physical.maintenance4.maxBufferSize, device.physical.vulkan11.maxMemoryAllocationSize
+        )
+        allowed = self._allowed_types()
+        local = max((self._heaps[h] for f, h in self._types if f & LOCAL), default=0)
+
+        def find(need: int, avoid: int = 0, smallest_heap: int = 0) -> int | None:
+            """The first type with all bits of ``need`` and, if one has, none of ``avoid``."""
+            fitting = [
+                index
+                for index, (flags, heap) in enumerate(self._types)
+                if allowed >> index & 1
+                and flags & need == need
+                and self._heaps[heap] >= smallest_heap
+                # Protected, lazily allocated and vendors' uncached types are for others.
+                and not flags & ~(LOCAL | VISIBLE | CACHED)
+            ]
+            return min(fitting, key=lambda index: (bool(self._types[index][0] & avoid), index), default=None)
+
+        host = find(VISIBLE, avoid=LOCAL | CACHED)
+        device_type = find(LOCAL, avoid=VISIBLE)
+        # A window of a few hundred MiB onto a large card is not worth filling: ask for half the card at least.
+        direct = find(LOCAL | VISIBLE, smallest_heap=local // 2)
+        cached = find(VISIBLE | CACHED, avoid=LOCAL)
+        result = find(LOCAL | VISIBLE | CACHED, smallest_heap=local // 2)
+        if cached is None:
+            result = direct
+        assert host is not None  # Vulkan promises a host-visible coherent type
+        self.types: dict[Use, int | None] = {
+            "device": host if device_type is None else device_type,
+            "direct": direct,
+            "result": result,
+            "upload": host,
+            "download": host if cached is None else cached,
+        }
+
+    def _allowed_types(self) -> int:
+        buffer = self._create_buffer(ALIGNMENT)
+        requirements = vk.ffi.new("VkMemoryRequirements *")
+        self._functions.vkGetBufferMemoryRequirements(self._device, buffer, requirements)
+        self._functions.vkDestroyBuffer(self._device, buffer, vk.ffi.NULL)
+        return int(requirements.memoryTypeBits)
+
+    def _create_buffer(self, size: int) -> vk.Struct:
+        info = vk.make("VkBufferCreateInfo", size=size, usage=USAGE)
+        buffer = vk.ffi.new("VkBuffer *")
+        self._functions.vkCreateBuffer(self._device, info, vk.ffi.NULL, buffer)
+        return buffer[0]
+
+    def allocate(self, size: int, use: Use, what: str = "buffer") -> Allocation:
+        """``size`` bytes, aligned to 256; raises OutOfMemoryError with numbers."""
+        type = self.types[use]
+        assert type is not None
+        size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
+        with self._lock:
+            if size <= BLOCK_SIZE // 2:
+                for block in self._blocks:
+                    if block.type == type:
+                        found = _take(block, size)
+                        if found is not None:
+                            return Allocation(block, found, size)
+            heap = self._heaps[self._types[type][1]]
+            # Small heaps (and small cards) get small blocks.
+            block = self._new_block(
+                max(size, min(BLOCK_SIZE, heap // 64)) if size <= BLOCK_SIZE // 2 else size, size, type, what
+            )
+            offset = _take(block, size)
+            assert offset == 0
+            return Allocation(block, 0, size)
+
+    def free(self, allocation: Allocation) -> None:
+        """Give the range back; the last one of a block frees the block."""
+        with self._lock:
+            block = allocation.block
+            block.free.append((allocation.offset, allocation.size))
+            block.free.sort()
+            merged: list[tuple[int, int]] = []
+            for offset, size in block.free:
+                if merged and sum(merged[-1]) == offset:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + size)
+                else:
+                    merged.append((offset, size))
+            block.free = merged
+            if merged == [(0, block.size)]:
+                self._blocks.remove(block)
+                self._destroy(block)
+
+    def available(self, heap: int) -> int:
+        """Bytes that the heap still has for us."""
+        left = self._heaps[heap] - self._used[heap]
+        if b"VK_EXT_memory_budget" in self._physical.extensions:
+            budget = vk.make("VkPhysicalDeviceMemoryBudgetPropertiesEXT")
+            self._physical.instance.functions.vkGetPhysicalDeviceMemoryProperties2(
+                self._physical.handle, vk.make("VkPhysicalDeviceMemoryProperties2", pNext=budget)
+            )
+            left = min(left, max(0, budget.heapBudget[heap] - budget.heapUsage[heap]))
+        return int(left)
+
+    def check(self, sizes: dict[Use, int]) -> None:
+        """Raise OutOfMemoryError with numbers if so many bytes more cannot fit."""
+        need: dict[int, int] = {}
+        for use, size in sizes.items():
+            type = self.types[use]
+            assert type is not None
+            heap = self._types[type][1]
+            need[heap] = need.get(heap, 0) + size
+        for heap, size in need.items():
+            left = self.available(heap)
+            if size > left:
+                raise OutOfMemoryError(
+                    f"the model needs {size:,} bytes of memory on {self._physical.info.name!r} "
+                    f"({', '.join(f'{use} {n:,}' for use, n in sizes.items())}); "
+                    f"{left:,} of {self._heaps[heap]:,} are available"
+                )
+
+    def _new_block(self, size: int, needed: int, type: int, what: str) -> Block:
+        if needed > self._largest:
+            raise OutOfMemoryError(
+                f"{what} needs {needed:,} bytes; the largest allocation of {self._physical.info.name!r} "
+                f"is {self._largest:,}"
+            )
+        flags, heap = self._types[type]
+        left = self.available(heap)
+        size = size if size <= left else needed
+        if needed > left:
+            raise OutOfMemoryError(
+                f"{what} needs {needed:,} bytes; {left:,} of the {self._heaps[heap]:,} bytes of memory of "
+                f"{self._physical.info.name!r} are available"
+            )
+        functions, device = self._functions, self._device
+        buffer = self._create_buffer(size)
+        memory = vk.ffi.new("VkDeviceMemory *")
+        try:
+            requirements = vk.ffi.new("VkMemoryRequirements *")
+            functions.vkGetBufferMemoryRequirements(device, buffer, requirements)
+            info = vk.make("VkMemoryAllocateInfo", allocationSize=requirements.size, memoryTypeIndex=type)
+            functions.vkAllocateMemory(device, info, vk.ffi.NULL, memory)
+            functions.vkBindBufferMemory(device, buffer, memory[0], 0)
+            mapped = None
+            if flags & VISIBLE == VISIBLE:
+                pointer = vk.ffi.new("void **")
+                functions.vkMapMemory(device, memory[0], 0, vk.VK_WHOLE_SIZE, 0, pointer)
+                mapped = np.frombuffer(vk.ffi.buffer(pointer[0], size), np.uint8)
+        except BaseException as error:
+            functions.vkDestroyBuffer(device, buffer, vk.ffi.NULL)
+            functions.vkFreeMemory(device, memory[0], vk.ffi.NULL)
+            if isinstance(error, OutOfMemoryError):
+                raise OutOfMemoryError(
+                    f"{what} needs {needed:,} bytes and the driver refused them ({error}); {left:,} of "
+                    f"{self._heaps[heap]:,} bytes seemed available on {self._physical.info.name!r}"
+                ) from None
+            raise
+        block = Block(memory[0], buffer, size, type, mapped, [(0, size)])
+        self._blocks.append(block)
+        self._used[heap] += size
+        return block
+
+    def _destroy(self, block: Block) -> None:
+        self._used[self._types[block.type][1]] -= block.size
+        self._functions.vkDestroyBuffer(self._device, block.buffer, vk.ffi.NULL)
+        self._functions.vkFreeMemory(self._device, block.memory, vk.ffi.NULL)  # unmaps, too
+
+    def close(self) -> None:
+        for block in self._blocks:
+            self._destroy(block)
+        self._blocks = []
+
+    def usage(self) -> tuple[int, int]:
+        """(blocks, bytes) that are allocated from Vulkan now."""
+        return len(self._blocks), sum(block.size for block in self._blocks)
+
+
+def _take(block: Block, size: int) -> int | None:
+    """Best fit: the smallest free range that is large enough; its offset, or None."""
+    fitting = [entry for entry in block.free if entry[1] >= size]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda entry: entry[1])
+    position = block.free.index(best)
+    offset, length = best
+    block.free[position : position + 1] = [(offset + size, length - size)] if length > size else []
+    return offset
