@@ -1,0 +1,321 @@
+"""Programs: .pte files, loaded and callable."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchvk.errors import ArgumentError, ClosedError, FormatError, UnsupportedError
+from torchvk.graph import Graph, from_bytes
+from torchvk.program import operators
+from torchvk.program.arguments import Parameter, check_inputs, contiguous_arrays, parameters
+from torchvk.program.describe import BACKEND, ProgramDescription, describe_file, value_names
+from torchvk.program.interpreter import Interpreter, delegate_arguments
+from torchvk.program.profile import Profile, Record
+from torchvk.program.pte import Delegate, DelegateCall, KernelCall, ListValue, Plan, TensorValue, decode
+from torchvk.program.source import ProgramSource, located, open_source
+from torchvk.program.tensors import Array, to_torch
+
+if TYPE_CHECKING:
+    from torchvk.runtime import Session
+
+
+class _Shared:
+    """What the methods of one program share: one call at a time, and whether it is closed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lock = threading.RLock()
+        self.closed = False
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise ClosedError(f"{self.name}: the program was closed")
+
+
+class Method:
+    """One method of a program; call it with its inputs, flat and in order.
+
+    Inputs are NumPy arrays or CPU torch tensors of exactly the dtypes and shapes that ``parameters`` lists (any
+    strides; tensors may require grad), or the very numbers that the program was exported for. torch in, torch out;
+    NumPy in, NumPy out; if any input is a torch tensor, all outputs are. A single output is returned bare, several
+    as a tuple. Outputs belong to the caller. Calls from several threads queue up.
+
+    ==================  ==============================================================
+    ArgumentError       wrong number of inputs, wrong shape, another number than exported
+    ArgumentTypeError   wrong type or dtype, a tensor that is not on the CPU
+    ClosedError         the program was closed
+    OutOfMemoryError    the device or the host has too little memory
+    DeviceLostError     the device stopped answering
+    TorchVkError        an operator on the CPU failed (an index out of range, say)
+    ==================  ==============================================================
+    """
+
+    def __init__(
+        self, plan: Plan, sessions: Sequence[Session], kernels: Mapping[str, operators.Kernel], shared: _Shared
+    ) -> None:
+        self.name = plan.name
+        self._shared = shared
+        self._sessions = sessions
+        self._device = _device_name(sessions)
+        graphs: dict[int, Graph] = {index: session.graph for index, session in enumerate(sessions)}
+        self.parameters: tuple[Parameter, ...] = parameters(plan, value_names(plan, graphs))
+        self._call_operators = [
+            plan.operators[step.operator] if isinstance(step, KernelCall) else None
+            for chain in plan.chains
+            for step in chain
+        ]
+        self._call_delegates = [
+            step.delegate if isinstance(step, DelegateCall) else None for chain in plan.chains for step in chain
+        ]
+        self._direct = _direct(plan, sessions)
+        self._interpreter = None if self._direct else Interpreter(plan, sessions, kernels)
+
+    def __repr__(self) -> str:
+        return f"Method({self.name!r}: {', '.join(map(str, self.parameters))})"
+
+    def __call__(self, *inputs: Any) -> Any:
+        with self._shared.lock:
+            self._shared.check_open()
+            checked, as_torch = check_inputs(self.name, self.parameters, inputs)
+            if self._direct is None:
+                assert self._interpreter is not None
+                outputs = self._interpreter.run(checked, as_torch)
+            else:
+                outputs = self._run_direct(checked, as_torch)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _run_direct(self, checked: list[Any], as_torch: bool) -> list[Any]:
+        """The whole method is one delegate: no interpreter, no memory of ours."""
+        assert self._direct is not None
+        session, takes, gives = self._direct
+        results = session.run(contiguous_arrays([checked[position] for position in takes]))
+        outputs = [results[position] for position in gives]
+        if len(set(gives)) != len(gives):
+            outputs = [output.copy() for output in outputs]
+        return [to_torch(output) for output in outputs] if as_torch else outputs
+
+    def profile(self, *inputs: Any) -> Profile:
+        """Run with these inputs and measure: every dispatch on the GPU by its timestamps, CPU operators by the clock.
+
+        The method runs a few times. Dispatches are measured one by one, so their sum can exceed the time of a call
+        in which independent ones overlap. Raises what a call raises.
+        """
+        with self._shared.lock:
+            self(*inputs)
+            start = time.perf_counter()
+            self(*inputs)
+            seconds = time.perf_counter() - start
+            checked, as_torch = check_inputs(self.name, self.parameters, inputs)
+            if self._direct is not None:
+                session, takes, _ = self._direct
+                arrays = contiguous_arrays([checked[position] for position in takes])
+                records = _gpu_records(session, arrays, 0, 0.0)
+            else:
+                records = self._profile_steps(checked, as_torch)
+        return Profile(self.name, self._device, seconds, tuple(records))
+
+    def _profile_steps(self, checked: list[Any], as_torch: bool) -> list[Record]:
+        assert self._interpreter is not None
+        records: list[Record] = []
+        origin = time.perf_counter()
+
+        def observe(number: int, start: float, end: float) -> None:
+            name = self._call_operators[number]
+            if name is not None:
+                records.append(Record(name, "CPU", start - origin, end - start))
+
+        def observe_delegate(delegate: int, arrays: list[Array]) -> None:
+            begin = time.perf_counter() - origin
+            records.extend(_gpu_records(self._sessions[delegate], arrays, delegate, begin))
+
+        self._interpreter.run(checked, as_torch, observe, observe_delegate)
+        return records
+
+
+class Program:
+    """A loaded .pte file. Calling it calls its method ``forward``; see :class:`Method` for inputs, outputs, errors.
+
+    Made by :func:`torchvk.load`. ``close()`` (also: leaving a ``with`` block, or the garbage collector) frees the
+    device memory; every later use raises :class:`ClosedError`.
+    """
+
+    def __init__(self, description: ProgramDescription, methods: Mapping[str, Method], shared: _Shared) -> None:
+        self._description = description
+        self._methods = dict(methods)
+        self._shared = shared
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._shared.closed else ""
+        return f"Program({self._shared.name!r}, methods: {', '.join(self._methods)}{state})"
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The names of the methods that were loaded."""
+        return tuple(self._methods)
+
+    def method(self, name: str) -> Method:
+        """The method of that name; raises :class:`ArgumentError` for an unknown one."""
+        self._shared.check_open()
+        try:
+            return self._methods[name]
+        except KeyError:
+            raise ArgumentError(
+                f"{self._shared.name} has no method {name!r}; it has {', '.join(self._methods) or 'none'}"
+            ) from None
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.method("forward")(*inputs)
+
+    def describe(self) -> ProgramDescription:
+        """Delegates, operators with counts, shapes, constants' bytes, and what runs on the CPU. ``print`` it."""
+        self._shared.check_open()
+        return self._description
+
+    def profile(self, *inputs: Any) -> Profile:
+        """Profile ``forward``; see :meth:`Method.profile`."""
+        return self.method("forward").profile(*inputs)
+
+    def close(self) -> None:
+        """Free what the program holds on the device. Waits for a call in another thread; may be called again."""
+        with self._shared.lock:
+            self._shared.closed = True
+            methods, self._methods = self._methods, {}
+            for method in methods.values():
+                method._interpreter = None
+                sessions, method._sessions = method._sessions, ()
+                for session in sessions:
+                    session.close()
+
+    def __enter__(self) -> Program:
+        self._shared.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    source: ProgramSource,
+    device: str | int | None = None,
+    *,
+    methods: Collection[str] | None = None,
+    custom_operators: Collection[str] = (),
+) -> Program:
+    """Load a .pte file.
+
+    source: a path (it is memory-mapped: do not change the file while the program lives), bytes, or what exir's
+    ``to_executorch()`` returned. device: index or name substring of a Vulkan device, ``"reference"`` for the NumPy
+    references, or None for ``TORCHVK_DEVICE``, else the best device. methods: which to load; all by default.
+    custom_operators: namespaces registered with ``torch.library`` that the file may call on the CPU, besides aten,
+    quantized_decomposed and torchao.
+
+    ======================  ==========================================================================
+    FormatError             no such file; empty, truncated, damaged, or not a .pte file; a newer version
+    UnsupportedError        a delegate of another backend; an operator nobody here can run; external data
+    MissingDependencyError  operators that run on the CPU need torch (or torchao), which is not installed
+    ArgumentTypeError       ``source`` is none of the above
+    ArgumentError           no such device, no such method
+    VulkanError             no loader, no driver, no device that is good enough
+    OutOfMemoryError        the weights do not fit on the device
+    ======================  ==========================================================================
+    """
+    opened = open_source(source)
+    with located(opened.name):
+        file = decode(opened.view)
+        wanted = [plan for plan in file.plans if methods is None or plan.name in methods]
+        unknown = sorted(set(methods or ()) - {plan.name for plan in wanted})
+        if unknown:
+            raise ArgumentError(f"no method {', '.join(unknown)}; there are {', '.join(p.name for p in file.plans)}")
+        if not wanted:
+            raise FormatError("the program has no methods")
+        for plan in wanted:
+            with located(f"method {plan.name!r}"):
+                _check_plan(plan)
+        description = describe_file(opened.name, file)
+        kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
+        shared = _Shared(opened.name)
+        sessions: dict[tuple[int, int], Session] = {}
+        try:
+            loaded = {plan.name: _method(plan, sessions, device, kernels, shared) for plan in wanted}
+        except BaseException:
+            for session in sessions.values():
+                session.close()
+            raise
+        return Program(description, loaded, shared)
+
+
+def _method(
+    plan: Plan,
+    sessions: dict[tuple[int, int], Session],
+    device: str | int | None,
+    kernels: Mapping[str, operators.Kernel],
+    shared: _Shared,
+) -> Method:
+    """``sessions``: those of the methods before; methods that share a delegate share its session."""
+    own = []
+    for index, delegate in enumerate(plan.delegates):
+        with located(f"method {plan.name!r}, delegate {index}"):
+            key = (np.frombuffer(delegate.data, np.uint8).ctypes.data, len(delegate.data))
+            if key not in sessions:
+                sessions[key] = _session(delegate, device)
+            own.append(sessions[key])
+    with located(f"method {plan.name!r}"):
+        return Method(plan, own, kernels, shared)
+
+
+def _session(delegate: Delegate, device: str | int | None) -> Session:
+    from torchvk.runtime import Session
+
+    return Session(from_bytes(delegate.data), device)
+
+
+def _called(plan: Plan) -> set[str]:
+    return {plan.operators[step.operator] for chain in plan.chains for step in chain if isinstance(step, KernelCall)}
+
+
+def _check_plan(plan: Plan) -> None:
+    for index, delegate in enumerate(plan.delegates):
+        if delegate.backend != BACKEND:
+            raise UnsupportedError(
+                f"delegate {index} is for {delegate.backend!r}; torchvk runs {BACKEND!r}: lower the model with "
+                "torchvk's VulkanPartitioner"
+                + (" (this one is ExecuTorch's own)" if delegate.backend == "VulkanBackend" else "")
+            )
+    for index in (*plan.inputs, *plan.outputs):
+        if isinstance(plan.values[index], ListValue):
+            raise UnsupportedError("lists as inputs or outputs of a method are not supported")
+
+
+def _direct(plan: Plan, sessions: Sequence[Session]) -> tuple[Session, list[int], list[int]] | None:
+    """If the method is nothing but one delegate: its session, which inputs it takes, which results are returned."""
+    steps = [step for chain in plan.chains for step in chain]
+    if len(steps) != 1 or not isinstance(steps[0], DelegateCall):
+        return None
+    call = steps[0]
+    session = sessions[call.delegate]
+    takes, gives = delegate_arguments(plan, call, session)
+    places = {index: position for position, index in enumerate(plan.inputs)}
+    if any(index not in places for index in takes) or any(index not in gives for index in plan.outputs):
+        return None
+    if any(isinstance(value := plan.values[index], TensorValue) and value.dynamic for index in (*takes, *gives)):
+        return None
+    return session, [places[index] for index in takes], [gives.index(index) for index in plan.outputs]
+
+
+def _device_name(sessions: Sequence[Session]) -> str:
+    if not sessions:
+        return "CPU"
+    info = sessions[0].device
+    return "reference" if info is None else info.name
+
+
+def _gpu_records(session: Session, arrays: list[Array], delegate: int, begin: float) -> list[Record]:
+    return []

@@ -1,0 +1,1 @@
+"""Accessors for ExecuTorch's .pte files, generated from its published FlatBuffers schema."""
