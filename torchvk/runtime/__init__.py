@@ -2,6 +2,16 @@
 
 from torchvk.runtime.device import DeviceInfo, list_devices
 from torchvk.runtime.instance import validation_messages
-from torchvk.runtime.session import Session
+from torchvk.runtime.profile import ProfileRow, by_operator, chrome_trace
+from torchvk.runtime.session import Session, SessionDescription
 
-__all__ = ["DeviceInfo", "Session", "list_devices", "validation_messages"]
+__all__ = [
+    "DeviceInfo",
+    "ProfileRow",
+    "Session",
+    "SessionDescription",
+    "by_operator",
+    "chrome_trace",
+    "list_devices",
+    "validation_messages",
+]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
 from torchvk.ops import Capabilities, CooperativeMatrixShape
@@ -212,7 +214,10 @@ class PhysicalDevice:
 
 
 class Device:
-    """An open device: one queue, its memory and its pipelines. Shared by all sessions on it."""
+    """An open device: one queue, its memory and its pipelines. Shared by all sessions on it.
+
+    ``lock`` guards memory, pipelines and the making of executions; ``queue_lock`` guards submissions.
+    """
 
     def __init__(self, physical: PhysicalDevice) -> None:
         self.physical = physical
@@ -243,19 +248,56 @@ class Device:
         pointer = vk.ffi.new("VkQueue *")
         self.functions.vkGetDeviceQueue(self.handle, physical.queue_family, 0, pointer)
         self.queue = pointer[0]
+        self.lock = threading.Lock()
         self.queue_lock = threading.Lock()
+        self._retired: deque[Callable[[], None]] = deque()
         self.allocator = Allocator(self)
         self.pipelines = Pipelines(self)
         self._finalizer = weakref.finalize(
-            self, _destroy, self.functions, self.handle, self.allocator, self.pipelines, physical.instance
+            self,
+            _destroy,
+            self.functions,
+            self.handle,
+            self.allocator,
+            self.pipelines,
+            self._retired,
+            physical.instance,
         )
+
+    def retire(self, free: Callable[[], None]) -> None:
+        """Free something from a finalizer, which may run in the middle of anything: now if nobody holds the lock,
+        else when it is next released or at exit."""
+        self._retired.append(free)
+        self.collect()
+
+    def collect(self) -> None:
+        """Free what finalizers left behind."""
+        while self._retired and self.lock.acquire(blocking=False):
+            try:
+                _drain(self._retired)
+            finally:
+                self.lock.release()
 
     def close(self) -> None:
         """Destroy the device; every session on it must be closed."""
         self._finalizer()
 
 
-def _destroy(functions: vk.Functions, handle: vk.Struct, allocator: Allocator, pipelines: Pipelines, _: Any) -> None:
+def _drain(retired: deque[Callable[[], None]]) -> None:
+    with contextlib.suppress(IndexError):
+        while True:
+            retired.popleft()()
+
+
+def _destroy(
+    functions: vk.Functions,
+    handle: vk.Struct,
+    allocator: Allocator,
+    pipelines: Pipelines,
+    retired: deque[Callable[[], None]],
+    owner: Instance,  # kept alive until here
+) -> None:
+    _drain(retired)
     pipelines.close()
     allocator.close()
     functions.vkDestroyDevice(handle, vk.ffi.NULL)
@@ -320,9 +362,7 @@ _devices: dict[int, Device] = {}
 
 
 def open_device(request: str | int | None = None) -> Device:
-    """The device that ``request`` means (None: TORCHVK_DEVICE, else the best); opened once a process."""
-    if request is None:
-        request = os.environ.get("TORCHVK_DEVICE") or None
+    """The device that ``request`` means (index, name substring, None: the best); opened once a process."""
     with _lock:
         physical = _physical_devices()
         index = choose([device.info for device in physical], request)

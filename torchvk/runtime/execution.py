@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from torchvk.errors import DeviceLostError
 from torchvk.graph import Graph
 from torchvk.runtime import vulkan as vk
-from torchvk.runtime.device import Device, forget
+from torchvk.runtime.device import Device
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.pipeline import PipelineKey
-from torchvk.runtime.plan import PADDING, Constant, Plan, Step, Storage
+from torchvk.runtime.plan import PADDING, Constant, Kind, Plan, Step, Storage
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +42,7 @@ class Execution:
         graph: Graph,
         plan: Plan,
         constants: Mapping[Constant, Allocation],
-        uses: Mapping[str, Use],
+        uses: Mapping[Kind, Use],
         poison: bool,
     ) -> None:
         self.device = device
@@ -51,12 +50,14 @@ class Execution:
         self._constants = [constants[constant] for constant in plan.constants]
         self._poison = poison
         self._owned: list[tuple[str, vk.Struct]] = []
-        self._buffers: dict[str, Allocation] = {}
+        self._buffers: dict[Kind, Allocation] = {}
         try:
-            for kind, size in (("input", plan.input_bytes), ("output", plan.output_bytes), ("arena", plan.arena_bytes)):
+            sizes: dict[Kind, int] = {"input": plan.input_bytes, "output": plan.output_bytes, "arena": plan.arena_bytes}
+            for kind, size in sizes.items():
                 if size:
                     self._buffers[kind] = device.allocator.allocate(size, uses[kind], f"the {kind} buffer")
             self._fence = self._create("vkCreateFence", "vkDestroyFence", "VkFence", vk.make("VkFenceCreateInfo"))
+            self._fences = vk.array("VkFence", [self._fence])
             self._record_objects()
         except BaseException:
             self.close()
@@ -103,7 +104,8 @@ class Execution:
         """VkBuffer, offset and range of a storage."""
         if storage.kind == "constant":
             allocation = self._constants[storage.offset]
-            return allocation.block.buffer, allocation.offset, allocation.size
+            limit = self.device.physical.limits.maxStorageBufferRange
+            return allocation.block.buffer, allocation.offset, min(allocation.size, limit)
         allocation = self._buffers[storage.kind]
         return allocation.block.buffer, allocation.offset + storage.offset, max(storage.nbytes, PADDING)
 
@@ -234,21 +236,17 @@ class Execution:
     def _submit(self, submission: vk.Struct) -> None:
         """Run a command buffer to its end."""
         functions, device = self.device.functions, self.device
+        with device.queue_lock:
+            functions.vkQueueSubmit2(device.queue, 1, submission, self._fence)
         try:
+            self._wait()
+        except BaseException:
+            # Ctrl-C: the device still works on our buffers, which the caller may now free.
             with device.queue_lock:
-                functions.vkQueueSubmit2(device.queue, 1, submission, self._fence)
-            try:
-                self._wait()
-            except BaseException:
-                # Ctrl-C: the device still works on our buffers, which the caller may now free.
-                with device.queue_lock:
-                    functions.vkQueueWaitIdle(device.queue)
-                raise
-            finally:
-                functions.vkResetFences(device.handle, 1, vk.array("VkFence", [self._fence]))
-        except DeviceLostError:
-            forget(device)
+                functions.vkQueueWaitIdle(device.queue)
             raise
+        finally:
+            functions.vkResetFences(device.handle, 1, self._fences)
 
     def _wait(self) -> None:
         functions, handle = self.device.functions, self.device.handle
@@ -257,8 +255,7 @@ class Execution:
             while time.perf_counter() < until:
                 if functions.vkGetFenceStatus(handle, self._fence) == vk.VK_SUCCESS:
                     return
-        fences = vk.array("VkFence", [self._fence])
-        while functions.vkWaitForFences(handle, 1, fences, 1, WAIT_NANOSECONDS) == vk.VK_TIMEOUT:
+        while functions.vkWaitForFences(handle, 1, self._fences, 1, WAIT_NANOSECONDS) == vk.VK_TIMEOUT:
             pass
 
     def profile(self, arrays: Sequence[Array]) -> list[tuple[float, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,13 +54,12 @@ class Allocation:
 
 
 class Allocator:
-    """Memory of one device. Thread-safe."""
+    """Memory of one device. The caller holds the device's lock."""
 
     def __init__(self, device: Device) -> None:
         self._functions = device.functions
         self._device = device.handle
         self._physical = device.physical
-        self._lock = threading.Lock()
         self._blocks: list[Block] = []
         properties = device.physical.memory.memoryProperties
         self._types = [(t.propertyFlags, t.heapIndex) for t in properties.memoryTypes[0 : properties.memoryTypeCount]]
@@ -117,42 +115,36 @@ class Allocator:
         return buffer[0]
 
     def allocate(self, size: int, use: Use, what: str = "buffer") -> Allocation:
-        """``size`` bytes, aligned to 256; raises OutOfMemoryError with numbers."""
-        type = self.types[use]
-        assert type is not None
+        """``size`` bytes, aligned to 256; raises OutOfMemoryError with numbers, naming ``what``."""
+        type = self._type_for(use)
         size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
-        with self._lock:
-            if size <= BLOCK_SIZE // 2:
-                for block in self._blocks:
-                    if block.type == type:
-                        found = _take(block, size)
-                        if found is not None:
-                            return Allocation(block, found, size)
-            heap = self._heaps[self._types[type][1]]
-            # Small heaps (and small cards) get small blocks.
-            block = self._new_block(
-                max(size, min(BLOCK_SIZE, heap // 64)) if size <= BLOCK_SIZE // 2 else size, size, type, what
-            )
-            offset = _take(block, size)
-            assert offset == 0
-            return Allocation(block, 0, size)
+        small = size <= BLOCK_SIZE // 2
+        for block in self._blocks if small else ():
+            if block.type == type and (offset := _take(block, size)) is not None:
+                return Allocation(block, offset, size)
+        block = self._new_block(size, type, what, share=small)
+        offset = _take(block, size)
+        assert offset is not None
+        return Allocation(block, offset, size)
 
     def free(self, allocation: Allocation) -> None:
         """Give the range back; the last one of a block frees the block."""
-        with self._lock:
-            block = allocation.block
-            block.free.append((allocation.offset, allocation.size))
-            block.free.sort()
-            merged: list[tuple[int, int]] = []
-            for offset, size in block.free:
-                if merged and sum(merged[-1]) == offset:
-                    merged[-1] = (merged[-1][0], merged[-1][1] + size)
-                else:
-                    merged.append((offset, size))
-            block.free = merged
-            if merged == [(0, block.size)]:
-                self._blocks.remove(block)
-                self._destroy(block)
+        block = allocation.block
+        merged: list[tuple[int, int]] = []
+        for offset, size in sorted([*block.free, (allocation.offset, allocation.size)]):
+            if merged and sum(merged[-1]) == offset:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((offset, size))
+        block.free = merged
+        if merged == [(0, block.size)]:
+            self._blocks.remove(block)
+            self._destroy(block)
+
+    def _type_for(self, use: Use) -> int:
+        type = self.types[use]
+        assert type is not None, f"this device has no memory for use {use!r}"
+        return type
 
     def available(self, heap: int) -> int:
         """Bytes that the heap still has for us."""
@@ -169,9 +161,7 @@ class Allocator:
         """Raise OutOfMemoryError with numbers if so many bytes more cannot fit."""
         need: dict[int, int] = {}
         for use, size in sizes.items():
-            type = self.types[use]
-            assert type is not None
-            heap = self._types[type][1]
+            heap = self._types[self._type_for(use)][1]
             need[heap] = need.get(heap, 0) + size
         for heap, size in need.items():
             left = self.available(heap)
@@ -182,20 +172,23 @@ class Allocator:
                     f"{left:,} of {self._heaps[heap]:,} are available"
                 )
 
-    def _new_block(self, size: int, needed: int, type: int, what: str) -> Block:
-        if needed > self._largest:
-            raise OutOfMemoryError(
-                f"{what} needs {needed:,} bytes; the largest allocation of {self._physical.info.name!r} "
-                f"is {self._largest:,}"
-            )
+    def _new_block(self, needed: int, type: int, what: str, share: bool) -> Block:
+        """A block of ``needed`` bytes, or a larger one for later allocations to share."""
         flags, heap = self._types[type]
         left = self.available(heap)
-        size = size if size <= left else needed
+        name = self._physical.info.name
+        if needed > self._largest:
+            raise OutOfMemoryError(
+                f"{what} needs {needed:,} bytes; {name!r} allocates at most {self._largest:,} at once"
+            )
         if needed > left:
             raise OutOfMemoryError(
-                f"{what} needs {needed:,} bytes; {left:,} of the {self._heaps[heap]:,} bytes of memory of "
-                f"{self._physical.info.name!r} are available"
+                f"{what} needs {needed:,} bytes; {left:,} of the {self._heaps[heap]:,} bytes of memory of {name!r} "
+                "are available"
             )
+        # Small heaps get small blocks.
+        size = max(needed, min(BLOCK_SIZE, self._heaps[heap] // 64)) if share else needed
+        size = size if size <= left else needed
         functions, device = self._functions, self._device
         buffer = self._create_buffer(size)
         memory = vk.ffi.new("VkDeviceMemory *")
@@ -216,7 +209,7 @@ class Allocator:
             if isinstance(error, OutOfMemoryError):
                 raise OutOfMemoryError(
                     f"{what} needs {needed:,} bytes and the driver refused them ({error}); {left:,} of "
-                    f"{self._heaps[heap]:,} bytes seemed available on {self._physical.info.name!r}"
+                    f"{self._heaps[heap]:,} bytes seemed available on {name!r}"
                 ) from None
             raise
         block = Block(memory[0], buffer, size, type, mapped, [(0, size)])

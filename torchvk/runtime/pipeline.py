@@ -9,7 +9,6 @@ import os
 import struct
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,12 +51,11 @@ class Pipeline:
 
 
 class Pipelines:
-    """All pipelines of one device. Thread-safe."""
+    """All pipelines of one device. The caller holds the device's lock."""
 
     def __init__(self, device: Device) -> None:
         self._functions = device.functions
         self._device = device.handle
-        self._lock = threading.Lock()
         self._pipelines: dict[tuple[str, bytes, int], Pipeline] = {}
         self._layouts: dict[int, tuple[vk.Struct, vk.Struct]] = {}
         self._subgroup_size = _required_subgroup_size(device)
@@ -74,18 +72,20 @@ class Pipelines:
     def get(self, keys: Iterable[PipelineKey]) -> list[Pipeline]:
         """The pipelines of these keys; missing ones are compiled, several at a time."""
         wanted = [(key, (key.kernel, key.words(), key.buffers)) for key in keys]
-        with self._lock:
-            missing = {identity: key for key, identity in wanted if identity not in self._pipelines}
-            for key in missing.values():
-                self._layout(key.buffers)
-            # cffi releases the GIL in calls, so the driver compiles in parallel.
-            with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
-                jobs = {identity: pool.submit(self._compile, key) for identity, key in missing.items()}
-                for identity, job in jobs.items():
-                    self._pipelines[identity] = job.result()
-            if missing:
-                self._save()
-            return [self._pipelines[identity] for _, identity in wanted]
+        missing = {identity: key for key, identity in wanted if identity not in self._pipelines}
+        for key in missing.values():
+            self._layout(key.buffers)
+        # cffi releases the GIL in calls, so the driver compiles in parallel.
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+            jobs = {identity: pool.submit(self._compile, key) for identity, key in missing.items()}
+        # All jobs are done here. Keep what was made, even if some failed: close() destroys it.
+        made = {identity: job.result() for identity, job in jobs.items() if job.exception() is None}
+        self._pipelines.update(made)
+        for job in jobs.values():
+            job.result()
+        if missing:
+            self._save()
+        return [self._pipelines[identity] for _, identity in wanted]
 
     def _layout(self, buffers: int) -> tuple[vk.Struct, vk.Struct]:
         """Set layout and pipeline layout for so many storage buffers and PUSH_SIZE bytes of push constants."""
@@ -186,10 +186,11 @@ def _required_subgroup_size(device: Device) -> int:
     physical = device.physical
     stages = physical.vulkan13.requiredSubgroupSizeStages
     size: int = physical.vulkan11.subgroupSize
+    varies = physical.vulkan13.minSubgroupSize < physical.vulkan13.maxSubgroupSize
     controllable = physical.has("subgroupSizeControl") and stages & vk.VK_SHADER_STAGE_COMPUTE_BIT
     # A workgroup of maxComputeWorkGroupInvocations must remain possible.
     enough = physical.vulkan13.maxComputeWorkgroupSubgroups * size >= physical.limits.maxComputeWorkGroupInvocations
-    return size if controllable and enough else 0
+    return size if varies and controllable and enough else 0
 
 
 def cache_path(key: str) -> Path:

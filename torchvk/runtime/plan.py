@@ -23,8 +23,10 @@ Kind = Literal["input", "output", "constant", "arena"]
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes that kernels see. ``nbytes`` is padded to PADDING (0 stays 0); ``offset`` counts from the start of the kind's buffer.
-    Constants have buffers of their own: ``offset`` is their position in Plan.constants."""
+    """Bytes that kernels see. ``nbytes`` is padded to PADDING (0 stays 0).
+
+    ``offset`` counts from the start of the kind's buffer; for a constant it is its position in Plan.constants.
+    """
 
     kind: Kind
     nbytes: int
@@ -333,7 +335,8 @@ def _lay_out(
     """Offsets: inputs and outputs side by side, temporaries by lifetime in the arena."""
     storages = list(draft.storages)
     totals: dict[Kind, int] = {"input": 0, "output": 0}
-    for kind, indices in (("input", inputs), ("output", outputs)):
+    outside: dict[Kind, tuple[int, ...]] = {"input": inputs, "output": outputs}
+    for kind, indices in outside.items():
         for index in indices:
             storages[index] = replace(storages[index], offset=totals[kind])
             totals[kind] += _align(storages[index].nbytes)

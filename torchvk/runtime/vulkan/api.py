@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -118,7 +119,7 @@ def make(type: str, /, **fields: Any) -> Struct:
 
 def _is_struct(struct: Struct, field: str) -> bool:
     types: dict[str, Any] = dict(ffi.typeof(struct).item.fields)
-    return types[field].type.kind in ("struct", "union")  # type: ignore[no-any-return]
+    return types[field].type.kind in ("struct", "union")
 
 
 def array(type: str, items: Sequence[Any]) -> Struct:
@@ -138,7 +139,7 @@ def chain(structures: Iterable[Struct]) -> Struct:
     items = list(structures)
     if not items:
         return ffi.NULL
-    for item, following in zip(items, items[1:], strict=False):
+    for item, following in itertools.pairwise(items):
         item.pNext = following
         _alive.setdefault(item, []).append(following)
     return items[0]
