@@ -11,7 +11,7 @@ import numpy as np
 
 from torchvk.errors import ArgumentError, ArgumentTypeError
 from torchvk.program.pte import Plan, TensorValue, Value
-from torchvk.program.tensors import Array, as_array, numpy_dtype
+from torchvk.program.tensors import Array, numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,6 @@ def check_inputs(method: str, wanted: Sequence[Parameter], inputs: Sequence[Any]
         else:
             checked.append(_check_array(method, position, entry, given))
     return checked, as_torch
-
-
-def contiguous_arrays(checked: Sequence[Any]) -> list[Array]:
-    """Checked tensors as arrays in row-major order."""
-    arrays = [tensor if type(tensor) is np.ndarray else as_array(tensor) for tensor in checked]
-    # np.ascontiguousarray turns 0-D into 1-D, but what is 0-D is contiguous.
-    return [array if array.flags.c_contiguous else np.ascontiguousarray(array) for array in arrays]
 
 
 def _label(method: str, position: int, entry: Parameter) -> str:

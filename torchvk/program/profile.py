@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,16 +64,7 @@ class Profile:
 
     def table(self) -> str:
         """The rows as plain text."""
-        cells = [COLUMNS, *(cells_of(row) for row in self.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-        lines = [
-            "  ".join(
-                text.ljust(width) if column < 2 else text.rjust(width)
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join([*lines, self.summary()])
+        return f"{plain_table(COLUMNS, map(cells_of, self.rows), left=2)}\n{self.summary()}"
 
     def summary(self) -> str:
         inside = sum(record.seconds for record in self.records)
@@ -115,6 +106,19 @@ class Profile:
 
 
 COLUMNS = ("operator", "where", "count", "time/µs", "share", "GB/s", "GFLOP/s")
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A table as aligned plain text; the first ``left`` columns to the left, the others to the right."""
+    cells = [tuple(columns), *(tuple(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
 
 
 def cells_of(row: Row) -> tuple[str, ...]:
