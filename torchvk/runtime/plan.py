@@ -425,12 +425,16 @@ def hazards(plan: Plan) -> list[str]:
 
 
 def _conflicts(accesses: Iterable[tuple[int, Storage, int, bool]]) -> list[str]:
+    """Accesses (step, storage, its position, writes) to the same bytes that may meet, one of them a write.
+
+    One dispatch may read and write the same storage (it accumulates), but not two that overlap.
+    """
     found = []
     items = sorted(accesses, key=lambda item: (item[1].kind, item[1].offset))
-    for i, (step, storage, _, writes) in enumerate(items):
-        for other_step, other, _, other_writes in items[i + 1 :]:
+    for i, (step, storage, b, writes) in enumerate(items):
+        for other_step, other, other_b, other_writes in items[i + 1 :]:
             if other.kind != storage.kind or other.offset >= storage.offset + storage.nbytes:
                 break
-            if step != other_step and (writes or other_writes):
+            if (step != other_step or b != other_b) and (writes or other_writes):
                 found.append(f"steps {step} and {other_step} touch the same bytes of the {storage.kind} buffer")
     return found
