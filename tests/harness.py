@@ -6,11 +6,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from spirv import contract_errors
 
 from torchvk import ops
-from torchvk.graph import DType, TensorType
+from torchvk.graph import DType, Graph, TensorType
 from torchvk.graph.build import GraphBuilder
 from torchvk.runtime import Session, validation_messages
+from torchvk.runtime.device import max_tier as tier_cap
+from torchvk.runtime.device import open_device
+from torchvk.runtime.plan import hazards, make_plan
 
 Array = np.ndarray[Any, Any]
 
@@ -22,11 +26,11 @@ def one_node_graph(
     *,
     constants: Collection[int] = (),
     int4: Collection[int] = (),
-) -> tuple[Any, list[Array]]:
+) -> tuple[Graph, list[Array]]:
     """A graph of one node and the arrays to call it with.
 
     Inputs whose slot is in ``constants`` or in Operator.constant_inputs are constants, those in ``int4`` stored
-    packed; None stays absent.
+    packed; None stays absent. ``attributes``: the operator's dataclass, a mapping or None.
     """
     operator = ops.get(name)
     builder = GraphBuilder()
@@ -43,10 +47,35 @@ def one_node_graph(
             slots.append(builder.input(f"input{slot}", TensorType(DType.of(array.dtype), array.shape)))
             arguments.append(array)
     types = [None if index is None else builder.tensors[index].type for index in slots]
-    if attributes is None:
-        attributes = ops.NoAttributes()
-    outputs = builder.node(name, slots, operator.infer(attributes, types), attributes, name=name)
-    return builder.build(outputs), arguments
+    node = builder.node(name, slots, (), attributes, name=name)
+    decoded = operator.decode(builder.nodes.pop())
+    node = builder.node(name, slots, operator.infer(decoded, types), decoded, name=name)
+    return builder.build(node), arguments
+
+
+def check_plan(graph: Graph, max_tier: int | None = None) -> None:
+    """Hold every dispatch of the graph's plan against its SPIR-V, and the plan against the hazard checker."""
+    capabilities = open_device().physical.capabilities(tier_cap(max_tier))
+    for staged in (False, True):
+        plan = make_plan(graph, capabilities, stage_inputs=staged, stage_outputs=staged)
+        assert hazards(plan) == []
+    for step in plan.steps:
+        if step.dispatch is not None:
+            assert contract_errors(step.dispatch, capabilities.tier) == []
+
+
+def run_graph(graph: Graph, inputs: Sequence[Array], *, max_tier: int | None = None) -> tuple[Array, ...]:
+    """The graph's outputs on the Vulkan device.
+
+    Outputs, scratch and temporaries are filled with 0xFF first; the validation layers must stay silent.
+    """
+    check_plan(graph, max_tier)
+    before = len(validation_messages())
+    with Session(graph, poison=True, max_tier=max_tier) as session:
+        outputs = session.run(inputs)
+    said = validation_messages()[before:]
+    assert not said, "the validation layers said:\n" + "\n".join(said)
+    return tuple(outputs)
 
 
 def run_op(
@@ -58,14 +87,6 @@ def run_op(
     int4: Collection[int] = (),
     max_tier: int | None = None,
 ) -> tuple[Array, ...]:
-    """The outputs of one operator, computed on the Vulkan device.
-
-    Outputs, scratch and temporaries are filled with 0xFF first; the validation layers must stay silent.
-    """
+    """The outputs of one operator, computed on the Vulkan device as :func:`run_graph` does."""
     graph, arguments = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
-    before = len(validation_messages())
-    with Session(graph, poison=True, max_tier=max_tier) as session:
-        outputs = session.run(arguments)
-    said = validation_messages()[before:]
-    assert not said, "the validation layers said:\n" + "\n".join(said)
-    return tuple(outputs)
+    return run_graph(graph, arguments, max_tier=max_tier)

@@ -45,6 +45,8 @@ OPTIONAL = (
     "computeFullSubgroups",
     "cooperativeMatrix",
 )
+TIER_1 = ("shaderFloat16", "storageBuffer16BitAccess")
+TIER_2 = ("cooperativeMatrix", "vulkanMemoryModel", "shaderInt16", "shaderInt8", "storageBuffer8BitAccess")
 COOPERATIVE_MATRIX = b"VK_KHR_cooperative_matrix"
 MEMORY_BUDGET = b"VK_EXT_memory_budget"
 PORTABILITY_SUBSET = b"VK_KHR_portability_subset"
@@ -170,9 +172,9 @@ class PhysicalDevice:
             self.vulkan11.subgroupSupportedOperations & vk.VK_SUBGROUP_FEATURE_ARITHMETIC_BIT
             and self.vulkan11.subgroupSupportedStages & vk.VK_SHADER_STAGE_COMPUTE_BIT
         )
-        if not (arithmetic and self.has("shaderFloat16") and self.has("storageBuffer16BitAccess")):
+        if not (arithmetic and all(self.has(name) for name in TIER_1)):
             return 0
-        if not (self.has("cooperativeMatrix") and self.has("vulkanMemoryModel")):
+        if not all(self.has(name) for name in TIER_2):
             return 1
         operands = {shape.a for shape in self.cooperative_matrices() if shape.a == shape.b}
         return 2 if {"float16", "int8"} <= operands else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,42 @@ CACHED = vk.VK_MEMORY_PROPERTY_HOST_CACHED_BIT
 # device: kernels only. direct: written by the host, read by kernels. result: written by kernels, read by the host.
 # upload, download: host memory on either side of a copy.
 Use = Literal["device", "direct", "result", "upload", "download"]
+
+
+def choose_types(types: Sequence[tuple[int, int]], heaps: Sequence[int], allowed: int) -> dict[Use, int | None]:
+    """The memory type of every use, or None where there is none and copies must help ("direct", "result").
+
+    types: (property flags, heap) of each type. heaps: their sizes. allowed: a bit for each type.
+    """
+    local = max((heaps[heap] for flags, heap in types if flags & LOCAL), default=0)
+
+    def find(need: int, avoid: int = 0, smallest_heap: int = 0) -> int | None:
+        """The first type with all of ``need``, if possible without any of ``avoid``."""
+        fitting = [
+            index
+            for index, (flags, heap) in enumerate(types)
+            if allowed >> index & 1
+            and flags & need == need
+            # Protected, lazily allocated and vendors' uncached types are for others.
+            and not flags & ~(LOCAL | VISIBLE | CACHED)
+            and heaps[heap] >= smallest_heap
+        ]
+        return min(fitting, key=lambda index: ((types[index][0] & avoid).bit_count(), index), default=None)
+
+    host = find(VISIBLE, avoid=LOCAL | CACHED)
+    device = find(LOCAL, avoid=VISIBLE | CACHED)
+    # A window of a few hundred MiB onto a large card is not worth filling: ask for half the card at least.
+    direct = find(LOCAL | VISIBLE, avoid=CACHED, smallest_heap=local // 2)
+    cached = find(VISIBLE | CACHED, avoid=LOCAL)
+    # Reading memory that is not cached is slow; where nothing is cached, a copy would not help.
+    result = direct if cached is None else find(LOCAL | VISIBLE | CACHED, smallest_heap=local // 2)
+    return {
+        "device": host if device is None else device,
+        "direct": direct,
+        "result": result,
+        "upload": host,
+        "download": host if cached is None else cached,
+    }
 
 
 @dataclass(eq=False)
@@ -68,38 +105,7 @@ class Allocator:
         self._largest = min(
             device.physical.maintenance4.maxBufferSize, device.physical.vulkan11.maxMemoryAllocationSize
         )
-        allowed = self._allowed_types()
-        local = max((self._heaps[h] for f, h in self._types if f & LOCAL), default=0)
-
-        def find(need: int, avoid: int = 0, smallest_heap: int = 0) -> int | None:
-            """The first type with all bits of ``need`` and, if one has, none of ``avoid``."""
-            fitting = [
-                index
-                for index, (flags, heap) in enumerate(self._types)
-                if allowed >> index & 1
-                and flags & need == need
-                and self._heaps[heap] >= smallest_heap
-                # Protected, lazily allocated and vendors' uncached types are for others.
-                and not flags & ~(LOCAL | VISIBLE | CACHED)
-            ]
-            return min(fitting, key=lambda index: (bool(self._types[index][0] & avoid), index), default=None)
-
-        host = find(VISIBLE, avoid=LOCAL | CACHED)
-        device_type = find(LOCAL, avoid=VISIBLE)
-        # A window of a few hundred MiB onto a large card is not worth filling: ask for half the card at least.
-        direct = find(LOCAL | VISIBLE, smallest_heap=local // 2)
-        cached = find(VISIBLE | CACHED, avoid=LOCAL)
-        result = find(LOCAL | VISIBLE | CACHED, smallest_heap=local // 2)
-        if cached is None:
-            result = direct
-        assert host is not None  # Vulkan promises a host-visible coherent type
-        self.types: dict[Use, int | None] = {
-            "device": host if device_type is None else device_type,
-            "direct": direct,
-            "result": result,
-            "upload": host,
-            "download": host if cached is None else cached,
-        }
+        self.types = choose_types(self._types, self._heaps, self._allowed_types())
 
     def _allowed_types(self) -> int:
         buffer = self._create_buffer(ALIGNMENT)
