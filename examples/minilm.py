@@ -32,6 +32,7 @@ class Result:
     error: float
     milliseconds: float
     embeddings: np.ndarray[Any, Any]
+    device: str
 
 
 def run_scheme(
@@ -60,23 +61,25 @@ def run_scheme(
         begin = time.perf_counter()
         embeddings = np.concatenate([vk(*batch) for batch in inputs])
         seconds = time.perf_counter() - begin
-        facts = vk.describe()
+        facts = vk.describe().methods[0]
+        device_name = vk.profile(*inputs[0]).device
     reference = embeddings if fp32 is None else fp32
     return Result(
         scheme=scheme,
         file_bytes=path.stat().st_size,
         gpu_operators=facts.gpu_operators,
-        cpu_operators=facts.cpu_operators,
+        cpu_operators=sum(facts.cpu_operators.values()),
         smallest_cosine=float((embeddings * reference).sum(1).min()),
         error=float(np.abs(embeddings - eager).max()),
         milliseconds=1000 * seconds / len(embeddings),
         embeddings=embeddings,
+        device=device_name,
     )
 
 
-def show(results: list[Result], sentences: list[str], device: str, console: Console) -> None:
+def show(results: list[Result], sentences: list[str], console: Console) -> None:
     """Print the table of schemes and the most similar pairs of sentences."""
-    table = Table(title=f"MiniLM sentence encoder on {device}")
+    table = Table(title=f"MiniLM sentence encoder on {results[0].device}")
     for column in ("scheme", "file", "of fp32", "operators GPU / CPU", "smallest cosine to fp32", "error vs eager"):
         table.add_column(column, justify="left" if column == "scheme" else "right")
     table.add_column("ms a sentence", justify="right")
@@ -141,9 +144,7 @@ def main(
             path = folder / f"minilm-{scheme}.pte"
             results.append(run_scheme(scheme, model, batches, path, device, fp32, step))
         progress.update(task, description="done")
-    from torchvk.runtime import find_device
-
-    show(results, sentences, find_device(device).name, console)
+    show(results, sentences, console)
 
 
 if __name__ == "__main__":
