@@ -41,6 +41,7 @@ INSTALL_LOADER = {
     "darwin": "install it (brew install vulkan-loader molten-vk)",
 }
 
+RESULT = ffi.typeof("VkResult")
 _errors = {
     VK_ERROR_OUT_OF_HOST_MEMORY: OutOfMemoryError,
     VK_ERROR_OUT_OF_DEVICE_MEMORY: OutOfMemoryError,
@@ -75,7 +76,7 @@ class Functions:
         if address == ffi.NULL:
             raise VulkanError(f"this Vulkan driver has no function {name}")
         function = ffi.cast(f"PFN_{name}", address)
-        if ffi.typeof(function).result.cname == "int":
+        if ffi.typeof(function).result is RESULT:
             function = _checked(name, function)
         setattr(self, name, function)
         return function  # type: ignore[no-any-return]
