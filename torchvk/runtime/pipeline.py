@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 import sys
-import tempfile
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,10 +221,13 @@ def read_cache(path: Path) -> bytes:
 
 def write_cache(path: Path, data: bytes) -> None:
     """Replace the cache file at once; a folder that cannot be written is no error."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(data).digest() + data)
-        os.replace(file.name, path)
+        try:
+            partial.write_bytes(hashlib.sha256(data).digest() + data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         log.info("pipeline cache %s not written: %s", path, error)
