@@ -191,10 +191,12 @@ def _from_torch(name: str, torch: Any, custom: Collection[str]) -> Kernel | None
 
 
 def _functional(overload: str) -> tuple[str, ...]:
-    """Names that the functional variant of an out variant can have: out → default, Tensor_out → Tensor."""
+    """Names that the functional variant of an out variant can have: out → default, Tensor_out → Tensor, or tensor
+    (ExecuTorch's out variants of quantized_decomposed are spelled unlike torch's functions)."""
     if overload == "out":
         return ("default",)
-    return (overload.removesuffix("_out"),) if overload.endswith("_out") else ()
+    stem = overload.removesuffix("_out")
+    return (stem, stem.lower()) if stem != overload else ()
 
 
 def _kernel(name: str, function: Any) -> Kernel:

@@ -277,6 +277,8 @@ class _Decoder:
         return PteFile(plans, named, len(self.file_view))
 
     def segment(self, offset: int, size: int) -> memoryview:
+        if size == 0:
+            return memoryview(b"")
         begin = self.segments_begin + offset
         if not self.segments_begin or begin + size > len(self.file_view):
             raise FormatError(
