@@ -39,7 +39,10 @@ class CooperativeMatrixShape:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise."""
+    """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise.
+
+    int64: 64-bit loads and arithmetic in shaders, at any tier.
+    """
 
     tier: int
     kind: Literal["discrete", "integrated", "cpu", "virtual", "other"]
@@ -50,6 +53,7 @@ class Capabilities:
     shared_memory: int
     max_storage_range: int
     cooperative_matrices: tuple[CooperativeMatrixShape, ...] = ()
+    int64: bool = False
 
     @property
     def local_size(self) -> int:

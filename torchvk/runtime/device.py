@@ -168,11 +168,12 @@ class PhysicalDevice:
         return -1, 0
 
     def _tier(self) -> int:
-        arithmetic = (
-            self.vulkan11.subgroupSupportedOperations & vk.VK_SUBGROUP_FEATURE_ARITHMETIC_BIT
+        needed = vk.VK_SUBGROUP_FEATURE_ARITHMETIC_BIT | vk.VK_SUBGROUP_FEATURE_BALLOT_BIT
+        subgroups = (
+            self.vulkan11.subgroupSupportedOperations & needed == needed
             and self.vulkan11.subgroupSupportedStages & vk.VK_SHADER_STAGE_COMPUTE_BIT
         )
-        if not (arithmetic and all(self.has(name) for name in TIER_1)):
+        if not (subgroups and all(self.has(name) for name in TIER_1)):
             return 0
         if not all(self.has(name) for name in TIER_2):
             return 1
@@ -212,6 +213,7 @@ class PhysicalDevice:
             shared_memory=limits.maxComputeSharedMemorySize,
             max_storage_range=limits.maxStorageBufferRange,
             cooperative_matrices=self.cooperative_matrices() if tier >= 2 else (),
+            int64=self.has("shaderInt64"),
         )
 
 
