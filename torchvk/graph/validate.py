@@ -38,6 +38,8 @@ def validate(graph: Graph) -> None:
             )
         if tensor.dtype is DType.INT4 and tensor.role is not Role.CONSTANT:
             raise FormatError(f"{where} is int4, which only constants can be")
+        if tensor.dtype is DType.INT4 and not tensor.shape:
+            raise FormatError(f"{where} is int4 and a scalar: int4 is packed along the last dimension")
         if tensor.data is not None:
             begin, size = tensor.data.offset, tensor.data.size
             if begin < 0 or size < 0 or begin % CONSTANT_ALIGNMENT or begin + size > len(graph.constants):
