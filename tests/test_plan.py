@@ -59,9 +59,13 @@ def kernels(work: Work, inputs: Any, outputs: Any, capabilities: Capabilities) -
     return Kernels(tuple(dispatches), tuple(work.scratch))
 
 
+def first(attributes: Any, inputs: Any) -> Any:
+    """Output like the first input."""
+    return (inputs[0],)
+
+
 def operator(name: str, **changes: Any) -> Operator:
-    base = Operator(name, "", lambda work, inputs: (inputs[0],), lambda work, inputs: (inputs[0],), kernels, Work)
-    return replace(base, **changes)
+    return replace(Operator(name, "", first, first, kernels, Work), **changes)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,7 +110,7 @@ def expected(graph: Graph, inputs: list[bytes]) -> list[bytes]:
 
 def carry_out(graph: Graph, plan: Plan, inputs: list[bytes], shuffle: random.Random) -> list[bytes]:
     """The plan on real bytes at its own offsets; the steps of a stage in any order."""
-    memory = {"input": bytearray(plan.input_bytes), "output": bytearray(plan.output_bytes)}
+    memory: dict[str, bytearray] = {"input": bytearray(plan.input_bytes), "output": bytearray(plan.output_bytes)}
     memory["arena"] = bytearray(b"\xff" * plan.arena_bytes)
     sizes = real_sizes(graph, plan)
 
@@ -131,9 +135,9 @@ def carry_out(graph: Graph, plan: Plan, inputs: list[bytes], shuffle: random.Ran
                 put(step.buffers[1], get(step.buffers[0])[: sizes[step.buffers[1]]])
                 continue
             name = f"{step.dispatch.kernel}{step.dispatch.constants}".encode()
-            data = [get(index) for index in step.reads]
+            parts = [get(index) for index in step.reads]
             for index in step.writes:
-                put(index, digest(name, *data, size=sizes[index]))
+                put(index, digest(name, *parts, size=sizes[index]))
     return [get(index) for index in plan.outputs]
 
 

@@ -118,7 +118,7 @@ def test_what_does_not_fit_the_heap_is_refused_with_numbers(allocator: Allocator
 def test_many_large_allocations_stop_at_the_heap(allocator: Allocator) -> None:
     """Some drivers would hand out more than there is, and the process would be killed on first touch."""
     largest = min(allocator._largest, max(allocator._heaps) // 2)
-    made = []
+    made: list[Allocation] = []
     with pytest.raises(OutOfMemoryError, match=r"needs [\d,]+ bytes"):
         made.extend(allocator.allocate(largest, "device") for _ in range(4))
     assert 1 <= len(made) <= 2

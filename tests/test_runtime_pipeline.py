@@ -54,9 +54,12 @@ def test_the_cache_is_written_and_read_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TORCHVK_CACHE_DIR", str(tmp_path / "new"))
     seen: list[bytes] = []
     real = pipeline.Pipelines._create_cache
-    monkeypatch.setattr(
-        pipeline.Pipelines, "_create_cache", lambda self, data: (seen.append(data), real(self, data))[1]
-    )
+
+    def create(self: pipeline.Pipelines, data: bytes) -> object:
+        seen.append(data)
+        return real(self, data)
+
+    monkeypatch.setattr(pipeline.Pipelines, "_create_cache", create)
     for _ in range(2):
         device = Device(open_device().physical)
         device.pipelines.get([some_key()])
@@ -70,7 +73,7 @@ def test_the_cache_is_written_and_read_again(tmp_path: Path, monkeypatch: pytest
 def test_the_cache_depends_on_device_driver_and_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHVK_CACHE_DIR", str(tmp_path))
     first = cache_path("device-driver")
-    monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda name: "99")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99")
     assert len({first, cache_path("device-driver"), cache_path("device-other")}) == 3
     assert first.parent == tmp_path
 
@@ -93,7 +96,8 @@ def test_damaged_caches_are_ignored(damage: str, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[100] ^= 1
-    path.write_bytes({"flip": bytes(content), "truncate": content[:-1], "empty": b"", "short": b"abc"}[damage])
+    whole = bytes(content)
+    path.write_bytes({"flip": whole, "truncate": whole[:-1], "empty": b"", "short": b"abc"}[damage])
     assert read_cache(path) == b""
 
 

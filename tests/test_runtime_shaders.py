@@ -1,0 +1,50 @@
+"""Every SPIR-V module of the package keeps the kernel contract; dispatches are held against it in harness.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from spirv import GL_COMPUTE, INT64, TIER_CAPABILITIES, contract_errors, reflect
+
+from torchvk import shaders
+from torchvk.errors import TorchVkError
+from torchvk.ops import Arg, Dispatch
+from torchvk.runtime.device import open_device
+from torchvk.runtime.plan import MAX_PUSH
+
+
+@pytest.mark.parametrize("name", shaders.names())
+def test_modules_keep_the_contract(name: str) -> None:
+    module = reflect(name)
+    assert module.entry_points == [(GL_COMPUTE, "main")]
+    assert sorted(module.buffers) == list(range(len(module.buffers)))
+    assert module.sets == {0}
+    assert any(module.buffers.values()), "it writes nothing"
+    assert module.push <= MAX_PUSH
+    assert module.capabilities <= set().union({INT64}, *TIER_CAPABILITIES.values())
+
+
+def test_unknown_kernels_say_what_to_do() -> None:
+    with pytest.raises(TorchVkError, match="'no_such_kernel' is missing"):
+        shaders.load("no_such_kernel")
+
+
+def test_dispatches_that_break_the_contract_are_found() -> None:
+    """The checker that the operator tests rely on, on wrong variations of a right dispatch."""
+    name = next(name for name in shaders.names() if reflect(name).push and 0 in reflect(name).constants)
+    module = reflect(name)
+    buffers = tuple(Arg("input", i, write=module.buffers[i]) for i in sorted(module.buffers))
+    constants = tuple(1.0 if module.constants.get(i) == "float" else 1 for i in range(max(module.constants) + 1))
+    capabilities = replace(open_device().physical.capabilities(), tier=2, int64=True)
+    good = Dispatch(name, buffers, (1, 1, 1), constants, bytes(module.push))
+    assert contract_errors(good, capabilities) == []
+    flipped = tuple(Arg("input", arg.index, write=not arg.write) for arg in buffers)
+    for wrong in (
+        Dispatch(name, buffers[:-1], (1, 1, 1), constants, good.push),
+        Dispatch(name, flipped, (1, 1, 1), constants, good.push),
+        Dispatch(name, buffers, (1, 1, 1), constants[:-1], good.push),
+        Dispatch(name, buffers, (1, 1, 1), (0.5, *constants[1:]), good.push),
+        Dispatch(name, buffers, (1, 1, 1), constants, good.push[:-4]),
+    ):
+        assert contract_errors(wrong, capabilities)
