@@ -365,8 +365,15 @@ _lock = threading.Lock()
 _devices: dict[int, Device] = {}
 
 
+def default_request() -> str | None:
+    """What None means as a device: TORCHVK_DEVICE, if it is set."""
+    return os.environ.get("TORCHVK_DEVICE") or None
+
+
 def open_device(request: str | int | None = None) -> Device:
-    """The device that ``request`` means (index, name substring, None: the best); opened once a process."""
+    """The device that ``request`` means (None: TORCHVK_DEVICE, else the best); opened once a process."""
+    if request is None:
+        request = default_request()
     with _lock:
         physical = _physical_devices()
         index = choose([device.info for device in physical], request)

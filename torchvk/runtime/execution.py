@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from torchvk.errors import UnsupportedError
 from torchvk.graph import Graph
 from torchvk.runtime import vulkan as vk
 from torchvk.runtime.device import Device
@@ -263,6 +264,8 @@ class Execution:
         count = 2 * len(self.plan.steps)
         if not count:
             return []
+        if not self.device.physical.timestamp_bits:
+            raise UnsupportedError(f"device {self.device.info.name!r} has no timestamps, so it cannot be profiled")
         functions, device = self.device.functions, self.device.handle
         for view, array in zip(self._inputs, arrays, strict=True):
             np.copyto(view, array)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torchvk import ops
 from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, DeviceLostError
 from torchvk.graph import Graph
 from torchvk.runtime import reference
-from torchvk.runtime.device import Device, DeviceInfo, forget, max_tier, open_device
+from torchvk.runtime.device import Device, DeviceInfo, default_request, forget, max_tier, open_device
 from torchvk.runtime.execution import Execution
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.plan import Constant, Kind, Plan, make_plan
@@ -67,7 +67,7 @@ class Session:
         self._types = [graph.tensors[index].type for index in graph.inputs]
         self._expected = [(type.dtype.numpy, type.shape) for type in self._types]
         if device is None:
-            device = os.environ.get("TORCHVK_DEVICE") or None
+            device = default_request()
         self._runner: _OnDevice | _OnReference
         if device == reference.NAME:
             self._runner = _OnReference(graph)
@@ -191,9 +191,18 @@ class _OnDevice:
             "constant": "device" if self._stage_inputs else "direct",
         }
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A device that is lost within is not given to later sessions."""
+        try:
+            yield
+        except DeviceLostError as error:
+            forget(self.device)
+            raise DeviceLostError(f"{error}; device {self.device.info.name!r} was lost, open a new session") from None
+
     def prepare(self, shapes: object) -> None:
         """Upload constants and record the plan for these input shapes; it becomes the one that runs."""
-        with self._lock, self.device.lock:
+        with self._lock, self._watched(), self.device.lock:
             if shapes in self._executions:
                 self._executions.move_to_end(shapes)
                 return
@@ -229,15 +238,11 @@ class _OnDevice:
         return next(reversed(self._executions.values()))
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        with self._lock:
-            try:
-                return self._current().run(inputs)
-            except DeviceLostError as error:
-                forget(self.device)
-                raise DeviceLostError(f"{error}: device {self.device.info.name!r} was lost; open it anew") from None
+        with self._lock, self._watched():
+            return self._current().run(inputs)
 
     def profile(self, inputs: Sequence[Array]) -> list[ProfileRow]:
-        with self._lock:
+        with self._lock, self._watched():
             execution = self._current()
             times = execution.profile(inputs)
         rows = []
