@@ -18,19 +18,21 @@ OP_TYPE_ARRAY, OP_TYPE_RUNTIME_ARRAY, OP_TYPE_STRUCT, OP_TYPE_POINTER = 28, 29, 
 OP_CONSTANT, OP_SPEC_TRUE, OP_SPEC_FALSE, OP_SPEC_CONSTANT = 43, 48, 49, 50
 OP_VARIABLE, OP_DECORATE, OP_MEMBER_DECORATE = 59, 71, 72
 SPEC_ID, ARRAY_STRIDE, NON_WRITABLE, BINDING, DESCRIPTOR_SET, OFFSET = 1, 6, 24, 33, 34, 35
-PUSH_CONSTANT, STORAGE_BUFFER = 9, 12
+UNIFORM_CONSTANT, PUSH_CONSTANT, STORAGE_BUFFER = 0, 9, 12
 GL_COMPUTE = 5
 
 
 @dataclass
 class Module:
     """entry_points: (execution model, name). buffers: binding → whether the kernel may write it.
+    texels: the buffers that are texel buffers.
     sets: descriptor sets used. constants: SpecId → "int", "float" or "bool". push: bytes of the push-constant block.
     """
 
     capabilities: set[int] = field(default_factory=set)
     entry_points: list[tuple[int, str]] = field(default_factory=list)
     buffers: dict[int, bool] = field(default_factory=dict)
+    texels: set[int] = field(default_factory=set)
     sets: set[int] = field(default_factory=set)
     constants: dict[int, str] = field(default_factory=dict)
     push: int = 0
@@ -103,6 +105,10 @@ def reflect(name: str) -> Module:
             )
             module.buffers[decorations[variable, BINDING]] = not read_only
             module.sets.add(decorations[variable, DESCRIPTOR_SET])
+        elif storage_class == UNIFORM_CONSTANT:
+            module.buffers[decorations[variable, BINDING]] = False
+            module.texels.add(decorations[variable, BINDING])
+            module.sets.add(decorations[variable, DESCRIPTOR_SET])
     kinds = {OP_TYPE_BOOL: "bool", OP_TYPE_INT: "int", OP_TYPE_FLOAT: "float"}
     for type, constant in spec:
         if (constant, SPEC_ID) in decorations:
@@ -111,9 +117,10 @@ def reflect(name: str) -> Module:
 
 
 # What the tiers promise (see "tier" in the design notes of torchvk.ops.operator.Capabilities), as SPIR-V
-# capabilities: Shader, GroupNonUniform, the packed dot product, VulkanMemoryModel are in every Vulkan 1.3 device.
+# capabilities: Shader, SampledBuffer, GroupNonUniform, the packed dot product, VulkanMemoryModel are in every
+# Vulkan 1.3 device.
 TIER_CAPABILITIES = {
-    0: {1, 61, 6018, 6019, 5345},
+    0: {1, 46, 61, 6018, 6019, 5345},
     # + GroupNonUniformArithmetic, GroupNonUniformBallot, Float16, StorageBuffer16BitAccess
     1: {63, 64, 9, 4433},
     # + CooperativeMatrixKHR, Int16, Int8, StorageBuffer8BitAccess
@@ -135,6 +142,8 @@ def contract_errors(dispatch: Dispatch, capabilities: Capabilities) -> list[str]
         elif dispatch.buffers[binding].write != writes:
             declared = "written" if dispatch.buffers[binding].write else "read only"
             errors.append(f"binding {binding} is declared {declared}, the shader {'writes' if writes else 'reads'} it")
+        elif dispatch.buffers[binding].texels != (binding in module.texels):
+            errors.append(f"binding {binding}: one of dispatch and shader takes it for a texel buffer")
     if len(dispatch.push) < module.push:
         errors.append(f"{len(dispatch.push)} bytes of push constants, the shader takes {module.push}")
     for number, kind in module.constants.items():

@@ -42,6 +42,7 @@ class Capabilities:
     """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise.
 
     int64: 64-bit loads and arithmetic in shaders, at any tier.
+    max_texels: texels (uint4) that one Arg with ``texels`` may have; 0 where that is not to be used.
     """
 
     tier: int
@@ -54,6 +55,7 @@ class Capabilities:
     max_storage_range: int
     cooperative_matrices: tuple[CooperativeMatrixShape, ...] = ()
     int64: bool = False
+    max_texels: int = 0
 
     @property
     def local_size(self) -> int:
@@ -77,18 +79,24 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Arg:
     """A storage buffer of a dispatch: binding i is the i-th Arg. Index counts the node's inputs, outputs, or the
-    scratch buffers of its Kernels. ``layout`` only for constant inputs."""
+    scratch buffers of its Kernels. ``layout`` only for constant inputs.
+
+    ``texels``: read only, and the shader declares ``Buffer<uint4>``: the same bytes, bound as a uniform texel
+    buffer. lavapipe loads from those about ten times faster (measured on Mesa 22.3: 8 lanes × uint4 in 22 ns
+    against 245 ns), because it checks a storage buffer's bounds lane by lane.
+    """
 
     role: Literal["input", "output", "scratch"]
     index: int
     write: bool = False
     read: bool = True
     layout: Layout | None = None
+    texels: bool = False
 
 
-def read(index: int, layout: Layout | None = None) -> Arg:
+def read(index: int, layout: Layout | None = None, texels: bool = False) -> Arg:
     """The node's input ``index``, read."""
-    return Arg("input", index, layout=layout)
+    return Arg("input", index, layout=layout, texels=texels)
 
 
 def write(index: int = 0) -> Arg:
@@ -100,8 +108,8 @@ def scratch_write(index: int) -> Arg:
     return Arg("scratch", index, write=True, read=False)
 
 
-def scratch_read(index: int) -> Arg:
-    return Arg("scratch", index)
+def scratch_read(index: int, texels: bool = False) -> Arg:
+    return Arg("scratch", index, texels=texels)
 
 
 @dataclass(frozen=True, slots=True)

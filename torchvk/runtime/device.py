@@ -214,6 +214,7 @@ class PhysicalDevice:
             max_storage_range=limits.maxStorageBufferRange,
             cooperative_matrices=self.cooperative_matrices() if tier >= 2 else (),
             int64=self.has("shaderInt64"),
+            max_texels=limits.maxTexelBufferElements,
         )
 
 

@@ -14,7 +14,7 @@ from torchvk.runtime import vulkan as vk
 from torchvk.runtime.device import Device
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.pipeline import PipelineKey
-from torchvk.runtime.plan import PADDING, Constant, Kind, Plan, Step, Storage
+from torchvk.runtime.plan import PADDING, TEXEL, Constant, Kind, Plan, Step, Storage
 
 Array = np.ndarray[Any, Any]
 
@@ -25,7 +25,9 @@ WAIT_NANOSECONDS = 100_000_000  # then Python gets a chance to see Ctrl-C
 COMPUTE = (
     vk.VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT,
     vk.VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT,
-    vk.VK_ACCESS_2_SHADER_STORAGE_READ_BIT | vk.VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT,
+    vk.VK_ACCESS_2_SHADER_STORAGE_READ_BIT
+    | vk.VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT
+    | vk.VK_ACCESS_2_SHADER_SAMPLED_READ_BIT,  # texel buffers
 )
 TRANSFER = (
     vk.VK_PIPELINE_STAGE_2_TRANSFER_BIT,
@@ -91,7 +93,7 @@ class Execution:
     def _record_objects(self) -> None:
         steps = [step for step in self.plan.steps if step.dispatch is not None]
         keys = [
-            PipelineKey(step.dispatch.kernel, step.dispatch.constants, len(step.buffers))
+            PipelineKey(step.dispatch.kernel, step.dispatch.constants, len(step.buffers), _texels(step))
             for step in steps
             if step.dispatch is not None
         ]
@@ -115,12 +117,20 @@ class Execution:
         if not steps:
             return []
         functions, device = self.device.functions, self.device.handle
-        sizes = vk.make(
-            "VkDescriptorPoolSize",
-            type=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
-            descriptorCount=sum(len(step.buffers) for step in steps),
+        texels = sum(len(_texels(step)) for step in steps)
+        counts = {
+            vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER: sum(len(step.buffers) for step in steps) - texels,
+            vk.VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER: texels,
+        }
+        sizes = [
+            vk.make("VkDescriptorPoolSize", type=type, descriptorCount=count) for type, count in counts.items() if count
+        ]
+        info = vk.make(
+            "VkDescriptorPoolCreateInfo",
+            maxSets=len(steps),
+            poolSizeCount=len(sizes),
+            pPoolSizes=vk.array("VkDescriptorPoolSize", sizes),
         )
-        info = vk.make("VkDescriptorPoolCreateInfo", maxSets=len(steps), poolSizeCount=1, pPoolSizes=sizes)
         pool = self._create("vkCreateDescriptorPool", "vkDestroyDescriptorPool", "VkDescriptorPool", info)
         layouts = vk.array("VkDescriptorSetLayout", [pipeline.set_layout for pipeline in self._pipelines])
         info = vk.make(
@@ -130,23 +140,40 @@ class Execution:
         functions.vkAllocateDescriptorSets(device, info, sets)
         writes = []
         for number, step in enumerate(steps):
-            infos = vk.ffi.new("VkDescriptorBufferInfo[]", len(step.buffers))
+            as_texels = _texels(step)
             for binding, storage in enumerate(step.buffers):
-                buffer, offset, size = self._buffer_of(self.plan.storages[storage])
-                infos[binding].buffer = buffer
-                infos[binding].offset = offset
-                infos[binding].range = size
-            writes.append(
-                vk.make(
-                    "VkWriteDescriptorSet",
-                    dstSet=sets[number],
-                    descriptorCount=len(step.buffers),
-                    descriptorType=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
-                    pBufferInfo=infos,
+                where = self._buffer_of(self.plan.storages[storage])
+                type = vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER
+                fields: dict[str, vk.Struct] = {}
+                if binding in as_texels:
+                    type = vk.VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER
+                    fields["pTexelBufferView"] = vk.array("VkBufferView", [self._texel_view(*where)])
+                else:
+                    buffer, offset, size = where
+                    fields["pBufferInfo"] = vk.make("VkDescriptorBufferInfo", buffer=buffer, offset=offset, range=size)
+                writes.append(
+                    vk.make(
+                        "VkWriteDescriptorSet",
+                        dstSet=sets[number],
+                        dstBinding=binding,
+                        descriptorCount=1,
+                        descriptorType=type,
+                        **fields,
+                    )
                 )
-            )
         functions.vkUpdateDescriptorSets(device, len(writes), vk.array("VkWriteDescriptorSet", writes), 0, vk.ffi.NULL)
         return list(sets)
+
+    def _texel_view(self, buffer: vk.Struct, offset: int, size: int) -> vk.Struct:
+        """A view of these bytes as texels of four 32-bit words."""
+        info = vk.make(
+            "VkBufferViewCreateInfo",
+            buffer=buffer,
+            format=vk.VK_FORMAT_R32G32B32A32_UINT,
+            offset=offset,
+            range=size // TEXEL * TEXEL,
+        )
+        return self._create("vkCreateBufferView", "vkDestroyBufferView", "VkBufferView", info)
 
     def _submission_of(self, commands: vk.Struct) -> vk.Struct:
         info = vk.make("VkCommandBufferSubmitInfo", commandBuffer=commands)
@@ -295,3 +322,9 @@ class Execution:
         for allocation in self._buffers.values():
             self.device.allocator.free(allocation)
         self._owned, self._buffers = [], {}
+
+
+def _texels(step: Step) -> tuple[int, ...]:
+    """The bindings of a dispatch that are texel buffers."""
+    assert step.dispatch is not None
+    return tuple(index for index, arg in enumerate(step.dispatch.buffers) if arg.texels)

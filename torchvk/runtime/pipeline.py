@@ -29,11 +29,13 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True)
 class PipelineKey:
-    """What a pipeline depends on: the kernel, its specialization constants and how many buffers it binds."""
+    """What a pipeline depends on: the kernel, its specialization constants, how many buffers it binds and which
+    of them as texel buffers."""
 
     kernel: str
     constants: tuple[int | float, ...]
     buffers: int
+    texels: tuple[int, ...] = ()
 
     def words(self) -> bytes:
         """The specialization constants as 32-bit words. (1 == 1.0 == True in Python, their words differ.)"""
@@ -56,8 +58,8 @@ class Pipelines:
     def __init__(self, device: Device) -> None:
         self._functions = device.functions
         self._device = device.handle
-        self._pipelines: dict[tuple[str, bytes, int], Pipeline] = {}
-        self._layouts: dict[int, tuple[vk.Struct, vk.Struct]] = {}
+        self._pipelines: dict[tuple[str, bytes, int, tuple[int, ...]], Pipeline] = {}
+        self._layouts: dict[tuple[int, tuple[int, ...]], tuple[vk.Struct, vk.Struct]] = {}
         self._subgroup_size = _required_subgroup_size(device)
         self._path = cache_path(device.physical.cache_key)
         self._cache = self._create_cache(read_cache(self._path))
@@ -71,10 +73,10 @@ class Pipelines:
 
     def get(self, keys: Iterable[PipelineKey]) -> list[Pipeline]:
         """The pipelines of these keys; missing ones are compiled, several at a time."""
-        wanted = [(key, (key.kernel, key.words(), key.buffers)) for key in keys]
+        wanted = [(key, (key.kernel, key.words(), key.buffers, key.texels)) for key in keys]
         missing = {identity: key for key, identity in wanted if identity not in self._pipelines}
         for key in missing.values():
-            self._layout(key.buffers)
+            self._layout(key.buffers, key.texels)
         # cffi releases the GIL in calls, so the driver compiles in parallel.
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
             jobs = {identity: pool.submit(self._compile, key) for identity, key in missing.items()}
@@ -87,14 +89,17 @@ class Pipelines:
             self._save()
         return [self._pipelines[identity] for _, identity in wanted]
 
-    def _layout(self, buffers: int) -> tuple[vk.Struct, vk.Struct]:
-        """Set layout and pipeline layout for so many storage buffers and PUSH_SIZE bytes of push constants."""
-        if buffers not in self._layouts:
+    def _layout(self, buffers: int, texels: tuple[int, ...]) -> tuple[vk.Struct, vk.Struct]:
+        """Set layout and pipeline layout for so many storage buffers (those in ``texels``: uniform texel buffers)
+        and PUSH_SIZE bytes of push constants."""
+        if (buffers, texels) not in self._layouts:
             bindings = [
                 vk.make(
                     "VkDescriptorSetLayoutBinding",
                     binding=index,
-                    descriptorType=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
+                    descriptorType=vk.VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER
+                    if index in texels
+                    else vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
                     descriptorCount=1,
                     stageFlags=vk.VK_SHADER_STAGE_COMPUTE_BIT,
                 )
@@ -117,13 +122,13 @@ class Pipelines:
             )
             layout = vk.ffi.new("VkPipelineLayout *")
             self._functions.vkCreatePipelineLayout(self._device, info, vk.ffi.NULL, layout)
-            self._layouts[buffers] = (set_layout[0], layout[0])
-        return self._layouts[buffers]
+            self._layouts[buffers, texels] = (set_layout[0], layout[0])
+        return self._layouts[buffers, texels]
 
     def _compile(self, key: PipelineKey) -> Pipeline:
         functions, device = self._functions, self._device
         code = shaders.load(key.kernel)
-        set_layout, layout = self._layouts[key.buffers]
+        set_layout, layout = self._layouts[key.buffers, key.texels]
         info = vk.make(
             "VkShaderModuleCreateInfo",
             codeSize=len(code),

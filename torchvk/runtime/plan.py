@@ -17,6 +17,7 @@ from torchvk.ops import Capabilities, Dispatch, Layout, get
 ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
 PADDING = 16  # kernels may read whole uint4 words
 MAX_PUSH = 128  # what Vulkan promises
+TEXEL = 16  # bytes of a uint4
 
 Kind = Literal["input", "output", "constant", "arena"]
 
@@ -197,6 +198,12 @@ def _add_dispatch(draft: _Draft, position: int, dispatch: Dispatch, scratch: lis
             if tensor is None:
                 raise TorchVkError(f"node {position} ({node.op!r}) binds its absent input {arg.index}")
             buffers.append(draft.of(tensor, arg.layout))
+    for arg, b in zip(dispatch.buffers, buffers, strict=True):
+        if arg.texels and draft.storages[b].nbytes // TEXEL > draft.capabilities.max_texels:
+            raise UnsupportedError(
+                f"node {position} ({node.op!r}): kernel {dispatch.kernel!r} reads {draft.storages[b].nbytes:,} bytes "
+                f"as texels; this device binds at most {draft.capabilities.max_texels * TEXEL:,} at once"
+            )
     written = [(i, arg) for i, arg in enumerate(dispatch.buffers) if arg.write]
     if all(
         arg.role == "input" or (arg.role == "scratch" and writers[arg.index] == 1 and arg.read != arg.write)
@@ -265,6 +272,8 @@ def _check_dispatch(dispatch: Dispatch, capabilities: Capabilities, where: str) 
     for arg in dispatch.buffers:
         if arg.role == "input" and arg.write:
             raise TorchVkError(f"{where}: kernel {dispatch.kernel!r} writes input {arg.index}")
+        if arg.texels and arg.write:
+            raise TorchVkError(f"{where}: kernel {dispatch.kernel!r} writes a buffer of texels")
 
 
 def _live(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:

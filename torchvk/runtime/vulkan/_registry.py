@@ -18,6 +18,7 @@ FUNCTIONS = frozenset(
         "vkCmdResetQueryPool",
         "vkCmdWriteTimestamp2",
         "vkCreateBuffer",
+        "vkCreateBufferView",
         "vkCreateCommandPool",
         "vkCreateComputePipelines",
         "vkCreateDebugUtilsMessengerEXT",
@@ -31,6 +32,7 @@ FUNCTIONS = frozenset(
         "vkCreateQueryPool",
         "vkCreateShaderModule",
         "vkDestroyBuffer",
+        "vkDestroyBufferView",
         "vkDestroyCommandPool",
         "vkDestroyDebugUtilsMessengerEXT",
         "vkDestroyDescriptorPool",
@@ -74,6 +76,7 @@ STRUCTURE_TYPES = {
     "VkApplicationInfo": 0,
     "VkBufferCreateInfo": 12,
     "VkBufferMemoryBarrier2": 1000314001,
+    "VkBufferViewCreateInfo": 13,
     "VkCommandBufferAllocateInfo": 40,
     "VkCommandBufferBeginInfo": 42,
     "VkCommandBufferInheritanceInfo": 41,
@@ -175,6 +178,7 @@ RESULTS = {
     -1000483000: "VK_ERROR_NOT_ENOUGH_SPACE_KHR",
 }
 VK_ACCESS_2_HOST_READ_BIT = 8192
+VK_ACCESS_2_SHADER_SAMPLED_READ_BIT = 4294967296
 VK_ACCESS_2_SHADER_STORAGE_READ_BIT = 8589934592
 VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT = 17179869184
 VK_ACCESS_2_TRANSFER_READ_BIT = 2048
@@ -182,6 +186,7 @@ VK_ACCESS_2_TRANSFER_WRITE_BIT = 4096
 VK_BUFFER_USAGE_STORAGE_BUFFER_BIT = 32
 VK_BUFFER_USAGE_TRANSFER_DST_BIT = 2
 VK_BUFFER_USAGE_TRANSFER_SRC_BIT = 1
+VK_BUFFER_USAGE_UNIFORM_TEXEL_BUFFER_BIT = 4
 VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT = 1
 VK_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT = 2
 VK_COMPONENT_TYPE_FLOAT16_KHR = 0
@@ -196,9 +201,11 @@ VK_DEBUG_UTILS_MESSAGE_TYPE_GENERAL_BIT_EXT = 1
 VK_DEBUG_UTILS_MESSAGE_TYPE_PERFORMANCE_BIT_EXT = 4
 VK_DEBUG_UTILS_MESSAGE_TYPE_VALIDATION_BIT_EXT = 2
 VK_DESCRIPTOR_TYPE_STORAGE_BUFFER = 7
+VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER = 4
 VK_ERROR_DEVICE_LOST = -4
 VK_ERROR_OUT_OF_DEVICE_MEMORY = -2
 VK_ERROR_OUT_OF_HOST_MEMORY = -1
+VK_FORMAT_R32G32B32A32_UINT = 107
 VK_INCOMPLETE = 5
 VK_INSTANCE_CREATE_ENUMERATE_PORTABILITY_BIT_KHR = 1
 VK_MEMORY_HEAP_DEVICE_LOCAL_BIT = 1
