@@ -12,6 +12,7 @@ import pytest
 from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
 from torchvk.runtime import DeviceInfo, list_devices
 from torchvk.runtime.device import choose, max_tier, open_device
+from torchvk.runtime.instance import instance
 
 CPU = DeviceInfo(0, "llvmpipe (LLVM 15)", "cpu", "llvmpipe", "Mesa 22", "1.3.230", 2 << 30, 1)
 IGPU = replace(CPU, index=1, name="Intel UHD", kind="integrated", driver="ANV")
@@ -75,6 +76,21 @@ def test_listed_devices_are_complete() -> None:
 def test_a_device_is_opened_once() -> None:
     info = list_devices()[open_device().info.index]
     assert open_device(info.index) is open_device(info.name) is open_device()
+
+
+@pytest.mark.parametrize("code", ["VK_ERROR_INITIALIZATION_FAILED", "VK_ERROR_OUT_OF_HOST_MEMORY"])
+def test_drivers_that_find_no_device(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise VulkanError(f"vkEnumeratePhysicalDevices failed: {code}")
+
+    monkeypatch.setattr(instance().functions, "vkEnumeratePhysicalDevices", refuse, raising=False)
+    if code == "VK_ERROR_INITIALIZATION_FAILED":
+        assert list_devices() == []
+        with pytest.raises(VulkanError, match="no Vulkan device found.*mesa-vulkan-drivers"):
+            open_device()
+    else:
+        with pytest.raises(VulkanError, match=code):
+            list_devices()
 
 
 @pytest.mark.parametrize("cap", [0, 1, 2])

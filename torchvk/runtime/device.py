@@ -324,12 +324,18 @@ def _enabled_features(physical: PhysicalDevice) -> list[vk.Struct]:
 
 def _physical_devices() -> list[PhysicalDevice]:
     owner = instance()
-    handles = vk.enumerate_all(owner.functions.vkEnumeratePhysicalDevices, "VkPhysicalDevice", owner.handle)
+    try:
+        handles = vk.enumerate_all(owner.functions.vkEnumeratePhysicalDevices, "VkPhysicalDevice", owner.handle)
+    except VulkanError as error:
+        # What loaders say where drivers are installed but none finds a device.
+        if "VK_ERROR_INITIALIZATION_FAILED" not in str(error):
+            raise
+        handles = []
     return [PhysicalDevice(owner, handle, index) for index, handle in enumerate(handles)]
 
 
 def list_devices() -> list[DeviceInfo]:
-    """Every Vulkan device of this machine, unusable ones included; raises VulkanError without a loader or driver."""
+    """Every Vulkan device of this machine, unusable ones included; raises VulkanError without a loader."""
     return [physical.info for physical in _physical_devices()]
 
 
