@@ -86,7 +86,7 @@ def test_drivers_that_find_no_device(code: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(instance().functions, "vkEnumeratePhysicalDevices", refuse, raising=False)
     if code == "VK_ERROR_INITIALIZATION_FAILED":
         assert list_devices() == []
-        with pytest.raises(VulkanError, match="no Vulkan device found.*mesa-vulkan-drivers"):
+        with pytest.raises(VulkanError, match=r"no Vulkan device found.*mesa-vulkan-drivers"):
             open_device()
     else:
         with pytest.raises(VulkanError, match=code):
