@@ -42,12 +42,13 @@ def generate() -> str:
         f"# From schema/program.fbs of executorch {metadata.version('executorch')} ({version}), which is\n"
         f"# Copyright (c) Meta Platforms, Inc. and affiliates, under its BSD-style license.\n"
     )
-    return header + readers_only(source) + "\n"
+    return f"{header}from torchvk.program.schema import checked_string\n{readers_only(source)}\n"
 
 
 def readers_only(source: str) -> str:
-    """``source`` without builder functions and without what torchvk never reads."""
-    tree = ast.parse(source)
+    """``source`` without builder functions and without what torchvk never reads, and with checked strings."""
+    # The runtime's Table.String cuts a string off at the end of the buffer without a word.
+    tree = ast.parse(source.replace("self._tab.String(", "checked_string(self._tab, "))
     tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef) and not unused(node)]
     for node in tree.body:
         if isinstance(node, ast.ClassDef):

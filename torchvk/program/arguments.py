@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -59,7 +59,8 @@ def check_inputs(method: str, wanted: Sequence[Parameter], inputs: Sequence[Any]
             f"{method} takes {len(wanted)} input{'' if len(wanted) == 1 else 's'} ({takes}), "
             f"{len(inputs)} {'was' if len(inputs) == 1 else 'were'} given; nested inputs are passed flat"
         )
-    tensor_type = getattr(sys.modules.get("torch"), "Tensor", None)
+    torch: Any = sys.modules.get("torch")
+    tensor_type = getattr(torch, "Tensor", None)
     checked: list[Any] = []
     as_torch = False
     for position, (entry, given) in enumerate(zip(wanted, inputs, strict=True)):
@@ -69,7 +70,15 @@ def check_inputs(method: str, wanted: Sequence[Parameter], inputs: Sequence[Any]
             checked.append(_check_baked(method, position, entry, given))
         elif tensor_type is not None and isinstance(given, tensor_type):
             as_torch = True
-            checked.append(_check_torch(method, position, entry, given))
+            # In the order of what fails most often; attributes of torch tensors are not free.
+            if (
+                given.dtype is not getattr(torch, entry.dtype)
+                or not _fits(entry, tuple(given.shape))
+                or not given.is_cpu
+                or given.layout is not torch.strided
+            ):
+                _refuse_torch(method, position, entry, given)
+            checked.append(given.detach() if given.requires_grad else given)
         else:
             checked.append(_check_array(method, position, entry, given))
     return checked, as_torch
@@ -85,21 +94,19 @@ def _fits(entry: Parameter, shape: tuple[int, ...]) -> bool:
     return len(shape) == len(entry.shape) and all(size <= most for size, most in zip(shape, entry.shape, strict=True))
 
 
-def _check_shape(label: str, entry: Parameter, dtype: str, shape: tuple[int, ...]) -> None:
+def _check_type(label: str, entry: Parameter, dtype: str, shape: tuple[int, ...]) -> None:
     if dtype != entry.dtype:
         raise ArgumentTypeError(f"{label} is {dtype}{list(shape)}, the method takes {entry}: convert it first")
     if not _fits(entry, shape):
         raise ArgumentError(f"{label} is {dtype}{list(shape)}, the method takes {entry}")
 
 
-def _check_torch(method: str, position: int, entry: Parameter, given: Any) -> Any:
+def _refuse_torch(method: str, position: int, entry: Parameter, given: Any) -> NoReturn:
     label = _label(method, position, entry)
-    _check_shape(label, entry, str(given.dtype).removeprefix("torch."), tuple(given.shape))
-    if given.device.type != "cpu":
+    _check_type(label, entry, str(given.dtype).removeprefix("torch."), tuple(given.shape))
+    if not given.is_cpu:
         raise ArgumentTypeError(f"{label} is on {given.device}; move it to the CPU first: .cpu()")
-    if str(given.layout) != "torch.strided":
-        raise ArgumentTypeError(f"{label} has layout {given.layout}; make it dense first: .to_dense()")
-    return given.detach()
+    raise ArgumentTypeError(f"{label} has layout {given.layout}; make it dense first: .to_dense()")
 
 
 def _check_array(method: str, position: int, entry: Parameter, given: Any) -> Array:
@@ -111,7 +118,7 @@ def _check_array(method: str, position: int, entry: Parameter, given: Any) -> Ar
         )
     array = np.asarray(given)
     name = array.dtype.name if array.dtype.isnative else str(array.dtype)
-    _check_shape(label, entry, name, array.shape)
+    _check_type(label, entry, name, array.shape)
     return array
 
 

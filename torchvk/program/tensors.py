@@ -7,7 +7,6 @@ Both give the same small set of functions, so that the interpreter does not care
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,27 +127,19 @@ class TorchTensors:
 
 
 def as_array(tensor: Any) -> Array:
-    """An array or a torch tensor on the CPU as an array; shares memory where that is possible.
-
-    torch tensors that require grad, are views with negation pending, or have any strides are fine.
-    """
+    """An array, or a (detached) torch tensor on the CPU of any strides, as an array. Shares memory unless a negation
+    is pending."""
     if isinstance(tensor, np.ndarray):
         return tensor
-    tensor = tensor.detach()
     array: Array = (tensor.resolve_neg() if tensor.is_neg() else tensor).numpy()
     return array
 
 
 def to_torch(array: Array) -> Any:
     """A torch tensor that shares ``array``'s memory; torch is there, for the caller came with a tensor."""
-    return _from_numpy()(array)
-
-
-def _from_numpy() -> Callable[[Array], Any]:
     import torch
 
-    function: Callable[[Array], Any] = torch.from_numpy
-    return function
+    return torch.from_numpy(array)
 
 
 def import_torch(reason: str, package: str = "torch") -> Any:
