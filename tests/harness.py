@@ -61,7 +61,7 @@ def check_plan(graph: Graph, max_tier: int | None = None) -> None:
         assert hazards(plan) == []
     for step in plan.steps:
         if step.dispatch is not None:
-            assert contract_errors(step.dispatch, capabilities) == []
+            assert (errors := contract_errors(step.dispatch, capabilities)) == [], errors
 
 
 def run_graph(graph: Graph, inputs: Sequence[Array], *, max_tier: int | None = None) -> tuple[Array, ...]:

@@ -1,0 +1,344 @@
+"""Matrix products in floating point: ``matmul`` and ``linear``. float32 accumulation always."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchvk.graph import DType, TensorType
+from torchvk.ops.operator import (
+    Arg,
+    Array,
+    Capabilities,
+    Dispatch,
+    Kernels,
+    Operator,
+    Types,
+    expect,
+    grid,
+    read,
+    register,
+    scratch_read,
+    scratch_write,
+    write,
+)
+
+FLOATS = (DType.FLOAT32, DType.FLOAT16)
+MAX_BATCH_RANK = 6
+
+
+@dataclass(frozen=True)
+class MatmulAttributes:
+    """Which operands have their last two dimensions swapped."""
+
+    transpose_a: bool = False
+    transpose_b: bool = False
+
+
+@dataclass(frozen=True)
+class LinearAttributes:
+    """None: the shapes say all."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """y[batch, m, n] = Σ_k A(m, k) · B(n, k) + bias[n], with sizes, strides of the batch dimensions (counted in
+    matrices, 0 where an operand is broadcast), and how the operands lie in memory."""
+
+    m: int
+    n: int
+    k: int
+    dtype: DType
+    transpose_a: bool = False
+    transpose_b: bool = False
+    batch: tuple[int, ...] = ()
+    strides_a: tuple[int, ...] = ()
+    strides_b: tuple[int, ...] = ()
+
+    @property
+    def batches(self) -> int:
+        return math.prod(self.batch)
+
+    @property
+    def elements_a(self) -> int:
+        """Elements of A over all batches; a broadcast operand counts once."""
+        return self.m * self.k * _distinct(self.batch, self.strides_a)
+
+    @property
+    def elements_b(self) -> int:
+        return self.n * self.k * _distinct(self.batch, self.strides_b)
+
+    @property
+    def contiguous_a(self) -> int:
+        """Length of A's rows as they lie in memory."""
+        return self.m if self.transpose_a else self.k
+
+    @property
+    def contiguous_b(self) -> int:
+        return self.k if self.transpose_b else self.n
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel for a Product: its tile, its workgroup size, how many elements it loads at once where rows allow,
+    and whether A and B are bound as texel buffers."""
+
+    kernel: str
+    tile_m: int
+    tile_n: int
+    local_size: int
+    group: int
+    texels: bool = False
+
+
+def choose(product: Product, capabilities: Capabilities) -> Choice:
+    """The kernel for a product: pure, and the one place that a new kernel (cooperative matrices at tier 2) joins."""
+    name = "f16" if product.dtype is DType.FLOAT16 else "f32"
+    if capabilities.kind == "cpu":
+        return _choose_lanes(product, capabilities, name)
+    if product.m <= 4 and not product.transpose_a:
+        local_size = min(128, capabilities.max_workgroup_invocations)
+        if product.transpose_b:
+            suffix = "_subgroup" if capabilities.tier >= 1 else ""
+            return Choice(f"gemv_rows_{name}{suffix}", 4, 4, local_size, 4)
+        return Choice(f"gemv_columns_{name}", 4, 64, local_size, 2)
+    local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
+    return Choice(f"gemm_tiled_{name}", local_size // 4, 64, local_size, 4)
+
+
+def _choose_lanes(product: Product, capabilities: Capabilities, name: str) -> Choice:
+    lanes = capabilities.subgroup_size
+    if product.m == 1:
+        rows, suffix = 1, ""
+    elif capabilities.tier < 1:
+        rows, suffix = 4, ""
+    else:
+        rows, suffix = (4 if product.m <= 8 else 16), "_broadcast"
+    per_texel = 128 // product.dtype.bits
+    texels = max(product.elements_a, product.elements_b) <= capabilities.max_texels * per_texel
+    suffix += "_texels" if texels else ""
+    return Choice(f"gemm_lanes_{name}_{rows}{suffix}", rows, 4 * lanes, lanes, 4, texels)
+
+
+def _kernels(product: Product, bias: bool, slots: tuple[int, int, int], capabilities: Capabilities) -> Kernels:
+    """Dispatches of a product; ``slots`` are the inputs that hold A, B and the bias."""
+    count = product.batches * product.m * product.n
+    if count == 0:
+        return Kernels(())
+    choice = choose(product, capabilities)
+    tiles_n = -(-product.n // choice.tile_n)
+    tiles = -(-product.m // choice.tile_m) * tiles_n
+    half = product.dtype is DType.FLOAT16
+    # With odd N neighbouring rows share a word of halves: float32 first, then one pass that rounds.
+    detour = half and product.n % 2 == 1
+    # The whole push block is one layout; dimensions that are not there are 0.
+    sizes = (product.m, product.n, product.k, product.batches, tiles_n, tiles)
+    push = struct.pack("<8I", *sizes, max(product.elements_a - 1, 0), max(product.elements_b - 1, 0))
+    for values in (product.batch, product.strides_a, product.strides_b):
+        push += struct.pack(f"<{MAX_BATCH_RANK}I", *values, *(0,) * (MAX_BATCH_RANK - len(values)))
+    constants = (
+        choice.local_size,
+        product.transpose_a,
+        product.transpose_b,
+        product.contiguous_a % choice.group == 0,
+        product.contiguous_b % choice.group == 0,
+        bias,
+        half and not detour,
+        len(product.batch),
+        product.k % 4 != 0,
+    )
+    out: Arg = scratch_write(0) if detour else write(0)
+    main = Dispatch(
+        kernel=choice.kernel,
+        # Every binding needs a buffer: where there is no bias, B stands in and is not read.
+        buffers=(
+            read(slots[0], texels=choice.texels),
+            read(slots[1], texels=choice.texels),
+            read(slots[2] if bias else slots[1]),
+            out,
+        ),
+        groups=(*grid(tiles, capabilities, 1)[:2], min(product.batches, capabilities.max_workgroup_count[2])),
+        constants=constants,
+        push=push,
+        bytes=(product.elements_a + product.elements_b + count) * product.dtype.bits // 8,
+        flops=2 * count * product.k,
+    )
+    if not detour:
+        return Kernels((main,))
+    rounding = Dispatch(
+        kernel="round_to_half",
+        buffers=(scratch_read(0), scratch_read(0), scratch_read(0), write(0)),
+        groups=grid(-(-count // 2), capabilities),
+        constants=(capabilities.local_size, *(0,) * 7),
+        push=struct.pack("<8I", 0, 0, 0, count, 0, 0, 0, 0) + bytes(3 * 4 * MAX_BATCH_RANK),
+        bytes=6 * count,
+    )
+    return Kernels((main, rounding), (4 * count,))
+
+
+def _distinct(batch: Sequence[int], strides: Sequence[int]) -> int:
+    """Matrices that a broadcast operand really has."""
+    return math.prod(size for size, stride in zip(batch, strides, strict=True) if stride)
+
+
+# matmul
+
+
+def _matmul_sizes(attributes: MatmulAttributes, a: TensorType, b: TensorType) -> tuple[int, int, int, int]:
+    """M, K of A, K of B, N."""
+    m, ka = a.shape[-2:][::-1] if attributes.transpose_a else a.shape[-2:]
+    kb, n = b.shape[-2:][::-1] if attributes.transpose_b else b.shape[-2:]
+    return m, ka, kb, n
+
+
+def _infer_matmul(attributes: MatmulAttributes, inputs: Types) -> tuple[TensorType, ...]:
+    expect(len(inputs) == 2, f"matmul takes 2 operands, {len(inputs)} were given")
+    a, b = inputs
+    if a is None or b is None:
+        expect(False, "matmul takes 2 operands, one is missing")
+        raise AssertionError
+    expect(
+        a.dtype in FLOATS and b.dtype is a.dtype,
+        f"matmul takes float32 or float16 operands of one dtype, got {a} and {b}",
+    )
+    expect(len(a.shape) >= 2 and len(b.shape) >= 2, f"matmul takes operands of rank 2 and more, got {a} and {b}")
+    m, ka, kb, n = _matmul_sizes(attributes, a, b)
+    expect(ka == kb, f"matmul of {a} and {b}: the inner sizes {ka} and {kb} differ")
+    try:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
+        expect(False, f"matmul of {a} and {b}: the leading dimensions do not broadcast")
+    return (TensorType(a.dtype, (*batch, m, n)),)
+
+
+def _batch(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Batch dimensions as (size, stride in A, stride in B), neighbours merged where both operands allow it."""
+    merged: list[tuple[int, int, int]] = []
+    a = (*(1,) * (len(shape) - len(a)), *a)
+    b = (*(1,) * (len(shape) - len(b)), *b)
+    stride_a = stride_b = 1
+    for size, size_a, size_b in zip(reversed(shape), reversed(a), reversed(b), strict=True):
+        if size == 1:
+            continue
+        here = (size, stride_a if size_a > 1 else 0, stride_b if size_b > 1 else 0)
+        stride_a *= size_a
+        stride_b *= size_b
+        if merged:
+            inner, inner_a, inner_b = merged[0]
+            if here[1] == inner_a * inner and here[2] == inner_b * inner:
+                merged[0] = (inner * size, inner_a, inner_b)
+                continue
+        merged.insert(0, here)
+    return merged
+
+
+def _matmul_product(attributes: MatmulAttributes, a: TensorType, b: TensorType, y: TensorType) -> Product:
+    m, k, _, n = _matmul_sizes(attributes, a, b)
+    batch = _batch(y.shape[:-2], a.shape[:-2], b.shape[:-2])
+    if len(batch) == 1 and not attributes.transpose_a and batch[0][1] == 1 and batch[0][2] == 0:
+        # One B for all: the rows of all A are the rows of one product.
+        m *= batch[0][0]
+        batch = []
+    return Product(
+        m,
+        n,
+        k,
+        a.dtype,
+        attributes.transpose_a,
+        attributes.transpose_b,
+        tuple(size for size, _, _ in batch),
+        tuple(stride for _, stride, _ in batch),
+        tuple(stride for _, _, stride in batch),
+    )
+
+
+def _matmul_kernels(
+    attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    a, b = inputs
+    assert a is not None and b is not None
+    if outputs[0].numel == 0:
+        return Kernels(())
+    return _kernels(_matmul_product(attributes, a, b, outputs[0]), False, (0, 1, 1), capabilities)
+
+
+def _matmul_reference(attributes: MatmulAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+    a, b = inputs
+    assert a is not None and b is not None
+    # float16 is multiplied and summed in float32 and rounded once, as torch does.
+    left, right = a.astype(np.float32), b.astype(np.float32)
+    left = left.swapaxes(-1, -2) if attributes.transpose_a else left
+    right = right.swapaxes(-1, -2) if attributes.transpose_b else right
+    with np.errstate(all="ignore"):
+        return (np.matmul(left, right).astype(a.dtype),)
+
+
+MATMUL = register(
+    Operator(
+        name="matmul",
+        summary="Matrix product of [*, M, K] and [*, K, N] with broadcast leading dimensions, either side transposed",
+        attributes=MatmulAttributes,
+        infer=_infer_matmul,
+        reference=_matmul_reference,
+        kernels=_matmul_kernels,
+        dtypes=FLOATS,
+    )
+)
+
+
+# linear
+
+
+def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorType, ...]:
+    expect(len(inputs) in (2, 3), f"linear takes an input, a weight and optionally a bias, {len(inputs)} were given")
+    x, weight, bias = (*inputs, None)[:3]
+    if x is None or weight is None:
+        expect(False, "linear needs an input and a weight")
+        raise AssertionError
+    expect(
+        x.dtype in FLOATS and weight.dtype is x.dtype,
+        f"linear takes float32 or float16, input and weight of one dtype, got {x} and {weight}",
+    )
+    expect(len(x.shape) >= 1, "linear takes an input of rank 1 and more, got a scalar")
+    expect(len(weight.shape) == 2, f"linear takes a weight [N, K], got {weight}")
+    n, k = weight.shape
+    expect(x.shape[-1] == k, f"linear of {x} with weight {weight}: the inner sizes {x.shape[-1]} and {k} differ")
+    if bias is not None:
+        expect(bias == TensorType(x.dtype, (n,)), f"linear of {x} takes a bias {x.dtype.value}[{n}], got {bias}")
+    return (TensorType(x.dtype, (*x.shape[:-1], n)),)
+
+
+def _linear_kernels(
+    attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    x, weight, bias = (*inputs, None)[:3]
+    assert x is not None and weight is not None
+    product = Product(math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True)
+    return _kernels(product, bias is not None, (0, 1, 2), capabilities)
+
+
+def _linear_reference(attributes: LinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+    x, weight, bias = (*inputs, None)[:3]
+    assert x is not None and weight is not None
+    with np.errstate(all="ignore"):
+        y = np.matmul(x.astype(np.float32), weight.astype(np.float32).T)
+        if bias is not None:
+            y = y + bias.astype(np.float32)
+        return (y.astype(x.dtype),)
+
+
+LINEAR = register(
+    Operator(
+        name="linear",
+        summary="x [*, K] times weight [N, K] transposed, plus bias [N]",
+        attributes=LinearAttributes,
+        infer=_infer_linear,
+        reference=_linear_reference,
+        kernels=_linear_kernels,
+        dtypes=FLOATS,
+    )
+)
