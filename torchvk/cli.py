@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,21 +46,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machin
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A torchvk error is one line on the standard error and exit code 1."""
     try:
-        app(args=None if arguments is None else list(arguments))
+        try:
+            app(args=None if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
     except TorchVkError as error:
         print(f"torchvk: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; Python must not complain again when it flushes.
-        sys.stdout = None
+        # The reader (head, less) has seen enough; the flush at exit must find something to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        import torchvk
-
-        print(f"torchvk {torchvk.__version__}")
+        print(f"torchvk {metadata.version('torchvk')}")
         raise typer.Exit
 
 
