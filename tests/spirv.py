@@ -12,7 +12,7 @@ from torchvk.ops import Capabilities, Dispatch
 
 # Opcodes, decorations and storage classes by the SPIR-V specification's numbers.
 OP_ENTRY_POINT, OP_CAPABILITY = 15, 17
-INT64 = 11  # the capability
+SHUFFLE = 65  # the capability GroupNonUniformShuffle
 OP_TYPE_BOOL, OP_TYPE_INT, OP_TYPE_FLOAT, OP_TYPE_VECTOR, OP_TYPE_MATRIX = 20, 21, 22, 23, 24
 OP_TYPE_ARRAY, OP_TYPE_RUNTIME_ARRAY, OP_TYPE_STRUCT, OP_TYPE_POINTER = 28, 29, 30, 32
 OP_CONSTANT, OP_SPEC_TRUE, OP_SPEC_FALSE, OP_SPEC_CONSTANT = 43, 48, 49, 50
@@ -121,8 +121,8 @@ def reflect(name: str) -> Module:
 # Vulkan 1.3 device.
 TIER_CAPABILITIES = {
     0: {1, 46, 61, 6018, 6019, 5345},
-    # + GroupNonUniformArithmetic, GroupNonUniformBallot, Float16, StorageBuffer16BitAccess
-    1: {63, 64, 9, 4433},
+    # + GroupNonUniformArithmetic, Float16, StorageBuffer16BitAccess
+    1: {63, 9, 4433},
     # + CooperativeMatrixKHR, Int16, Int8, StorageBuffer8BitAccess
     2: {6022, 22, 39, 4448},
 }
@@ -132,8 +132,8 @@ def contract_errors(dispatch: Dispatch, capabilities: Capabilities) -> list[str]
     """Where a dispatch and the SPIR-V of its kernel contradict each other, in words."""
     module, errors = reflect(dispatch.kernel), []
     promised = set().union(*(TIER_CAPABILITIES[t] for t in range(capabilities.tier + 1)))
-    if capabilities.int64:
-        promised.add(INT64)
+    if capabilities.shuffle:
+        promised.add(SHUFFLE)
     if extra := module.capabilities - promised:
         errors.append(f"needs SPIR-V capabilities {sorted(extra)}, tier {capabilities.tier} does not promise them")
     for binding, writes in module.buffers.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from spirv import GL_COMPUTE, INT64, TIER_CAPABILITIES, contract_errors, reflect
+from spirv import GL_COMPUTE, SHUFFLE, TIER_CAPABILITIES, contract_errors, reflect
 
 from torchvk import shaders
 from torchvk.errors import TorchVkError
@@ -22,7 +22,7 @@ def test_modules_keep_the_contract(name: str) -> None:
     assert module.sets == {0}
     assert any(module.buffers.values()), "it writes nothing"
     assert module.push <= MAX_PUSH
-    assert module.capabilities <= set().union({INT64}, *TIER_CAPABILITIES.values())
+    assert module.capabilities <= set().union({SHUFFLE}, *TIER_CAPABILITIES.values())
 
 
 def test_unknown_kernels_say_what_to_do() -> None:
@@ -36,7 +36,7 @@ def test_dispatches_that_break_the_contract_are_found() -> None:
     module = reflect(name)
     buffers = tuple(Arg("input", i, write=module.buffers[i]) for i in sorted(module.buffers))
     constants = tuple(1.0 if module.constants.get(i) == "float" else 1 for i in range(max(module.constants) + 1))
-    capabilities = replace(open_device().physical.capabilities(), tier=2, int64=True)
+    capabilities = replace(open_device().physical.capabilities(), tier=2, shuffle=True)
     good = Dispatch(name, buffers, (1, 1, 1), constants, bytes(module.push))
     assert contract_errors(good, capabilities) == []
     flipped = tuple(Arg("input", arg.index, write=not arg.write) for arg in buffers)

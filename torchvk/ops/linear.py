@@ -114,7 +114,7 @@ def _choose_lanes(product: Product, capabilities: Capabilities, name: str) -> Ch
     lanes = capabilities.subgroup_size
     if product.m == 1:
         rows, suffix = 1, ""
-    elif capabilities.tier < 1:
+    elif capabilities.tier < 1 or not capabilities.shuffle:
         rows, suffix = 4, ""
     else:
         rows, suffix = (4 if product.m <= 8 else 16), "_broadcast"

@@ -41,7 +41,7 @@ class CooperativeMatrixShape:
 class Capabilities:
     """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise.
 
-    int64: 64-bit loads and arithmetic in shaders, at any tier.
+    shuffle: subgroup shuffles, at any tier.
     max_texels: texels (uint4) that one Arg with ``texels`` may have; 0 where that is not to be used.
     """
 
@@ -54,7 +54,7 @@ class Capabilities:
     shared_memory: int
     max_storage_range: int
     cooperative_matrices: tuple[CooperativeMatrixShape, ...] = ()
-    int64: bool = False
+    shuffle: bool = False
     max_texels: int = 0
 
     @property

@@ -167,13 +167,16 @@ class PhysicalDevice:
                 return index, families[index].timestampValidBits
         return -1, 0
 
-    def _tier(self) -> int:
-        needed = vk.VK_SUBGROUP_FEATURE_ARITHMETIC_BIT | vk.VK_SUBGROUP_FEATURE_BALLOT_BIT
-        subgroups = (
-            self.vulkan11.subgroupSupportedOperations & needed == needed
+    def _subgroups(self, operations: int) -> bool:
+        """Whether subgroups of compute shaders have these operations."""
+        return bool(
+            self.vulkan11.subgroupSupportedOperations & operations == operations
             and self.vulkan11.subgroupSupportedStages & vk.VK_SHADER_STAGE_COMPUTE_BIT
         )
-        if not (subgroups and all(self.has(name) for name in TIER_1)):
+
+    def _tier(self) -> int:
+        arithmetic = self._subgroups(vk.VK_SUBGROUP_FEATURE_ARITHMETIC_BIT)
+        if not (arithmetic and all(self.has(name) for name in TIER_1)):
             return 0
         if not all(self.has(name) for name in TIER_2):
             return 1
@@ -213,7 +216,7 @@ class PhysicalDevice:
             shared_memory=limits.maxComputeSharedMemorySize,
             max_storage_range=limits.maxStorageBufferRange,
             cooperative_matrices=self.cooperative_matrices() if tier >= 2 else (),
-            int64=self.has("shaderInt64"),
+            shuffle=self._subgroups(vk.VK_SUBGROUP_FEATURE_SHUFFLE_BIT),
             max_texels=limits.maxTexelBufferElements,
         )
 
