@@ -3,6 +3,8 @@
 # Importing a family registers its operators.
 from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise
+from torchvk.ops import indexing as indexing
+from torchvk.ops import movement as movement
 from torchvk.ops.operator import (
     Arg,
     Array,

@@ -77,21 +77,24 @@ def _full_reference(attributes: FullAttributes, inputs: Sequence[Array | None]) 
     return (np.full(attributes.shape, scalar(attributes.value, attributes.dtype)),)
 
 
-def _full_kernels(
-    attributes: FullAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    (result,) = outputs
+def fill_kernels(value: Array, result: TensorType, capabilities: Capabilities) -> Kernels:
+    """The first output, filled with a 0-D value of its dtype."""
     count = -(-result.nbytes // 4)
-    low, high = pattern(scalar(attributes.value, attributes.dtype))
     dispatch = Dispatch(
         "fill",
         (write(),),
         grid(count, capabilities),
         (capabilities.local_size,),
-        words(count, low, high, 0, 0),
+        words(count, *pattern(value), 0, 0),
         bytes=result.nbytes,
     )
     return Kernels((dispatch,))
+
+
+def _full_kernels(
+    attributes: FullAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    return fill_kernels(scalar(attributes.value, attributes.dtype), outputs[0], capabilities)
 
 
 register(

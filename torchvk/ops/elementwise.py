@@ -360,7 +360,7 @@ def _walk_dispatch(
         (write(), *(read(i) for i in range(len(types)))),
         grid(units(result.numel, result.dtype), capabilities),
         (capabilities.local_size, *constants, DTYPE[result.dtype], walk.rank),
-        walk.push(),
+        walk.push(operands=3),
         bytes=nbytes(types) + result.nbytes,
         flops=result.numel,
     )

@@ -119,9 +119,14 @@ class Walk:
     def rank(self) -> int:
         return len(self.sizes)
 
-    def push(self) -> bytes:
-        """numel, the 7 inner sizes, 8 strides an operand: words. The outermost size follows from numel."""
-        return words(self.numel, *padded(self.sizes[1:], 7, 1), *(s for own in self.strides for s in padded(own, 8)))
+    def push(self, operands: int | None = None) -> bytes:
+        """numel, the 7 inner sizes, 8 strides an operand: words. The outermost size follows from numel.
+
+        operands: as many as the kernel's block has room for, where those are more.
+        """
+        missing = (operands or len(self.strides)) - len(self.strides)
+        strides = [stride for own in (*self.strides, *[()] * missing) for stride in padded(own, MAX_RANK)]
+        return words(self.numel, *padded(self.sizes[1:], MAX_RANK - 1, 1), *strides)
 
 
 def padded(values: Sequence[int], count: int, filler: int = 0) -> list[int]:
