@@ -1,0 +1,35 @@
+"""What makes a draft smaller and faster and leaves its results as they are. Every pass gives a new draft."""
+
+from torchvk.lowering.draft import Draft
+from torchvk.lowering.passes.clean import remove_dead, share
+from torchvk.lowering.passes.fold import fold_constants
+from torchvk.lowering.passes.linear import fuse_linear
+from torchvk.lowering.passes.views import simplify_views
+
+# Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
+PASSES = (simplify_views, fuse_linear, fold_constants, share, remove_dead)
+MAX_ROUNDS = 8
+
+
+def optimize(draft: Draft) -> Draft:
+    """All passes, until the draft stays as it is."""
+    for _ in range(MAX_ROUNDS):
+        before = _shape(draft)
+        for change in PASSES:
+            draft = change(draft)
+        if _shape(draft) == before:
+            break
+    return draft
+
+
+def _shape(draft: Draft) -> list[tuple[object, ...]]:
+    """What is compared to see whether a round changed something."""
+    names: dict[object, int] = {}
+
+    def name(value: object) -> int:
+        return names.setdefault(value, len(names))
+
+    return [(call.op, str(call.attributes), *map(name, call.inputs), *map(name, call.outputs)) for call in draft.calls]
+
+
+__all__ = ["optimize"]

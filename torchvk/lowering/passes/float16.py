@@ -1,0 +1,78 @@
+"""The option ``force_fp16``: float32 becomes float16 inside of a delegate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from torchvk.graph import DType
+from torchvk.lowering.draft import Array, Draft, Value, constant
+
+LARGEST = float(np.finfo(np.float16).max)  # 65504
+# Inputs that stay as they are: scales of quantized weights may be float32 beside float16 activations.
+KEPT_INPUTS = {"quantized_linear": {1, 2}}
+# Attributes that are values of the operator's dtype, so that they must be in its range.
+VALUES = ("value", "min", "max")
+
+
+def to_float16(draft: Draft, keep_interface: bool = False) -> Draft:
+    """Every float32 value as float16; raises :class:`Refused` if an operator cannot do that.
+
+    ``keep_interface``: inputs and outputs stay float32 and are converted on the way in and out. Finite constants
+    beyond float16 (masks of -3.4e38) become ±65504, infinities stay.
+    """
+    new = Draft()
+    renamed: dict[Value, Value] = {}
+
+    def now(value: Value) -> Value:
+        if value not in renamed:
+            renamed[value] = _converted(value)
+        return renamed[value]
+
+    for value in draft.inputs:
+        if keep_interface:
+            new.inputs.append(value)
+            if value.dtype is DType.FLOAT32:
+                (renamed[value],) = new.emit("cast", [value], {"dtype": DType.FLOAT16}, value.name)
+            else:
+                renamed[value] = value
+        else:
+            new.inputs.append(now(value))
+    for call in draft.calls:
+        kept = KEPT_INPUTS.get(call.op, set())
+        inputs = [v if v is None or slot in kept else now(v) for slot, v in enumerate(call.inputs)]
+        outputs = new.emit(call.op, inputs, _attributes(call.attributes), call.outputs[0].name, call.source)
+        renamed.update(zip(call.outputs, outputs, strict=True))
+    for value in draft.outputs:
+        result = now(value)
+        if keep_interface and result.dtype is not value.dtype:
+            (result,) = new.emit("cast", [result], {"dtype": value.dtype}, value.name)
+        new.outputs.append(result)
+    return new
+
+
+def _converted(value: Value) -> Value:
+    if value.dtype is not DType.FLOAT32:
+        return value
+    if value.array is not None:
+        return constant(_clamped(value.array), value.name)
+    return Value(type(value.type)(DType.FLOAT16, value.shape), value.name, value.constant)
+
+
+def _clamped(array: Array) -> Array:
+    finite = np.clip(array, -LARGEST, LARGEST)
+    result: Array = np.where(np.isinf(array), array, finite).astype(np.float16)
+    return result
+
+
+def _attributes(attributes: Any) -> Any:
+    plain = msgspec.to_builtins(attributes)
+    if plain.get("dtype") == DType.FLOAT32.value:
+        plain["dtype"] = DType.FLOAT16.value
+    for name in VALUES:
+        number = plain.get(name)
+        if isinstance(number, float) and LARGEST < abs(number) < float("inf"):
+            plain[name] = LARGEST if number > 0 else -LARGEST
+    return plain
