@@ -416,6 +416,34 @@ def test_reading_scratch_that_nothing_wrote_is_refused(monkeypatch: pytest.Monke
         one_operator_plan(operator("test_broken", kernels=broken), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("buffers", "message"),
+    [
+        ((Arg("input", 0, write=True), write()), "writes input 0"),
+        ((read(1), write()), "binds its absent input 1"),
+        ((Arg("output", 0, write=True, read=False, texels=True),), "writes a buffer of texels"),
+        ((read(0, texels=True), write()), "reads 400 bytes as texels; this device binds at most 16"),
+    ],
+)
+def test_broken_bindings_are_refused(buffers: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(work: Any, inputs: Any, outputs: Any, capabilities: Any) -> Kernels:
+        return Kernels((Dispatch("work", buffers, (1, 1, 1)),))
+
+    monkeypatch.setitem(registry._registry, "test_broken", operator("test_broken", kernels=broken))
+    builder = GraphBuilder()
+    x = builder.input("x", FLOATS)
+    (y,) = builder.node("test_broken", [x, None], [FLOATS], Work())
+    with pytest.raises(TorchVkError, match=message):
+        make_plan(builder.build([y]), replace(DEVICE, max_texels=1))
+
+
+def test_a_plan_that_writes_an_input_is_found() -> None:
+    plan = make_plan(chain(1), DEVICE)
+    (step,) = plan.steps
+    writes_input = replace(step, writes=(*step.writes, *step.reads))
+    assert any("kind input" in text for text in hazards(replace(plan, stages=((writes_input,),))))
+
+
 @given(st.dictionaries(st.integers(0, 50), st.tuples(st.integers(0, 5000), st.integers(0, 9), st.integers(0, 9))))
 @settings(deadline=None)
 def test_the_arena_never_overlaps_what_lives_together(wanted: dict[int, tuple[int, int, int]]) -> None:

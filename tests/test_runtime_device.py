@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
+from torchvk.ops import CooperativeMatrixShape
 from torchvk.runtime import DeviceInfo, list_devices
-from torchvk.runtime.device import choose, max_tier, open_device
-from torchvk.runtime.instance import instance
+from torchvk.runtime import vulkan as vk
+from torchvk.runtime.device import TIER_1, TIER_2, PhysicalDevice, choose, max_tier, open_device
+from torchvk.runtime.instance import instance, version
 
 CPU = DeviceInfo(0, "llvmpipe (LLVM 15)", "cpu", "llvmpipe", "Mesa 22", "1.3.230", 2 << 30, 1)
 IGPU = replace(CPU, index=1, name="Intel UHD", kind="integrated", driver="ANV")
@@ -110,6 +116,124 @@ def test_the_tier_cap_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
         max_tier()
     monkeypatch.delenv("TORCHVK_MAX_TIER")
     assert max_tier() is None
+
+
+def call(functions: vk.Functions, name: str, *arguments: Any) -> Any:
+    return getattr(functions, name)(*arguments)
+
+
+class Changed(vk.Functions):
+    """The real functions, with some replaced by ``changes`` (each gets the real one first)."""
+
+    def __init__(self, **changes: Callable[..., Any]) -> None:
+        real = instance().functions
+        super().__init__(real._get_address)
+        for name, change in changes.items():
+            # Fetched when called: lavapipe does not have all of them.
+            setattr(self, name, partial(change, partial(call, real, name)))
+
+
+def physical_device(**changes: Callable[..., Any]) -> PhysicalDevice:
+    """The first device, as drivers with these answers would show it."""
+    owner = SimpleNamespace(functions=Changed(**changes))
+    return PhysicalDevice(owner, open_device().physical.handle, 0)  # type: ignore[arg-type]
+
+
+def test_devices_below_vulkan_1_3_are_listed_with_the_reason() -> None:
+    def old(real: Callable[..., None], handle: vk.Struct, properties: vk.Struct) -> None:
+        real(handle, properties)
+        properties.properties.apiVersion = version(1, 1, 77)
+
+    info = physical_device(vkGetPhysicalDeviceProperties2=old).info
+    assert (info.api_version, info.driver, info.tier) == ("1.1.77", "unknown driver", 0)
+    assert info.problem is not None
+    assert "1.1.77, torchvk needs 1.3 or newer; update its driver" in info.problem
+
+
+def test_missing_features_are_named() -> None:
+    info = physical_device(vkGetPhysicalDeviceFeatures2=lambda real, handle, features: None).info
+    assert info.problem == "its driver lacks synchronization2, maintenance4, shaderIntegerDotProduct"
+
+
+def test_a_device_without_a_compute_queue_is_no_use() -> None:
+    def graphics_only(real: Callable[..., None], handle: vk.Struct, count: vk.Struct, families: vk.Struct) -> None:
+        real(handle, count, families)
+        if families != vk.ffi.NULL:
+            families[0].queueFlags = 1
+
+    info = physical_device(vkGetPhysicalDeviceQueueFamilyProperties=graphics_only).info
+    assert info.problem == "it has no compute queue"
+
+
+def features(present: set[str]) -> Callable[..., None]:
+    def fill(real: Callable[..., None], handle: vk.Struct, structure: vk.Struct) -> None:
+        real(handle, structure)
+        names = ["", "Vulkan11", "Vulkan12", "Vulkan13", "CooperativeMatrix"]
+        while structure != vk.ffi.NULL:
+            kind = structure.sType
+            for name in names:
+                full = f"VkPhysicalDevice{name}Features" + {"": "2", "CooperativeMatrix": "KHR"}.get(name, "")
+                if kind == vk.STRUCTURE_TYPES[full]:
+                    typed = vk.ffi.cast(f"{full} *", structure)
+                    fields = typed.features if name == "" else typed
+                    for feature in present:
+                        if hasattr(fields, feature):
+                            setattr(fields, feature, 1)
+            structure = vk.ffi.cast("VkPhysicalDeviceFeatures2 *", typed.pNext)
+
+    return fill
+
+
+MATRICES: list[tuple[int, ...]] = [
+    # M, N, K, A, B, C, result, saturating, scope
+    (16, 16, 16, 0, 0, 1, 1, 0, 3),  # float16, float32 accumulation
+    (16, 16, 32, 3, 3, 5, 5, 0, 3),  # int8, int32 accumulation
+    (16, 16, 32, 3, 3, 5, 5, 1, 3),  # saturating
+    (64, 64, 32, 0, 0, 1, 1, 0, 2),  # of a workgroup
+    (16, 16, 16, 1000141000, 1000141000, 1, 1, 0, 3),  # bfloat16
+]
+
+
+def extensions(real: Callable[..., int], handle: vk.Struct, layer: vk.Struct, count: vk.Struct, out: vk.Struct) -> int:
+    count[0] = 1
+    if out != vk.ffi.NULL:
+        out[0].extensionName = b"VK_KHR_cooperative_matrix"
+    return 0
+
+
+def with_matrices(offered: list[tuple[int, ...]], present: set[str]) -> PhysicalDevice:
+    def matrices(real: Callable[..., int], handle: vk.Struct, count: vk.Struct, out: vk.Struct) -> int:
+        count[0] = len(offered)
+        names = ("MSize", "NSize", "KSize", "AType", "BType", "CType", "ResultType", "saturatingAccumulation", "scope")
+        for index, row in enumerate(offered if out != vk.ffi.NULL else []):
+            for name, value in zip(names, row, strict=True):
+                setattr(out[index], name, value)
+        return 0
+
+    return physical_device(
+        vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR=matrices,
+        vkEnumerateDeviceExtensionProperties=extensions,
+        vkGetPhysicalDeviceFeatures2=features(present),
+    )
+
+
+def test_cooperative_matrices_make_tier_2() -> None:
+    physical = with_matrices(MATRICES, {*TIER_1, *TIER_2})
+    assert physical.info.tier == 2
+    assert physical.capabilities().cooperative_matrices == (
+        CooperativeMatrixShape(16, 16, 16, "float16", "float16", "float32", "float32"),
+        CooperativeMatrixShape(16, 16, 32, "int8", "int8", "int32", "int32"),
+    )
+    assert physical.capabilities(1).cooperative_matrices == ()
+
+
+@pytest.mark.parametrize(
+    ("offered", "present"),
+    [(MATRICES[:1], {*TIER_1, *TIER_2}), (MATRICES, {*TIER_1}), ([], {*TIER_1, *TIER_2})],
+    ids=["no int8", "no feature", "no shapes"],
+)
+def test_what_lacks_a_part_is_not_tier_2(offered: list[tuple[int, ...]], present: set[str]) -> None:
+    assert with_matrices(offered, present).info.tier < 2
 
 
 def in_a_process(code: str, **environment: str) -> str:

@@ -115,6 +115,25 @@ def test_what_does_not_fit_the_heap_is_refused_with_numbers(allocator: Allocator
     allocator.free(allocator.allocate(1000, "device"))
 
 
+def test_the_driver_s_budget_counts(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other programs use is not available to us."""
+
+    def memory_properties(handle: vk.Struct, properties: vk.Struct) -> None:
+        budget = vk.ffi.cast("VkPhysicalDeviceMemoryBudgetPropertiesEXT *", properties.pNext)
+        budget.heapBudget[0] = 5 << 20
+        budget.heapUsage[0] = 3 << 20
+
+    functions = allocator._physical.instance.functions
+    monkeypatch.setattr(functions, "vkGetPhysicalDeviceMemoryProperties2", memory_properties)
+    monkeypatch.setattr(allocator._physical, "extensions", {b"VK_EXT_memory_budget"})
+    assert allocator.available(0) == 2 << 20
+    with pytest.raises(OutOfMemoryError, match=r"3,145,728 bytes; 2,097,152 of"):
+        allocator.allocate(3 << 20, "device")
+    small = allocator.allocate(1 << 20, "device")  # the block for many would not fit, one for this does
+    assert small.block.size == 1 << 20
+    allocator.free(small)
+
+
 def test_many_large_allocations_stop_at_the_heap(allocator: Allocator) -> None:
     """Some drivers would hand out more than there is, and the process would be killed on first touch."""
     largest = min(allocator._largest, max(allocator._heaps) // 2)

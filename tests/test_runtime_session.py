@@ -31,6 +31,7 @@ from torchvk.ops import Layout
 from torchvk.ops import operator as registry
 from torchvk.runtime import Session, by_operator, chrome_trace, upload, validation_messages
 from torchvk.runtime import device as device_module
+from torchvk.runtime import session as session_module
 from torchvk.runtime.device import Device, open_device
 from torchvk.runtime.execution import Execution
 from torchvk.runtime.upload import upload_constants
@@ -406,6 +407,33 @@ def test_uploads_that_fail_free_what_they_made(own_device: Device) -> None:
         with pytest.raises(RuntimeError, match="cannot pack"), own_device.lock:
             upload_constants(own_device, graph, [Constant(0), Constant(0, Layout("broken", broken))], staged=staged)
         assert own_device.allocator.usage() == (0, 0)
+
+
+def test_recorded_plans_are_kept_and_the_oldest_dropped(own_device: Device) -> None:
+    """Shapes are static today, so a session makes one; the keys here stand for sets of shapes."""
+    with Session(arithmetic()) as session:
+        runner = session._runner
+        assert isinstance(runner, session_module._OnDevice)
+        first = runner._current()
+        constants = dict(runner._constants)
+        for key in range(session_module.MAX_EXECUTIONS - 1):
+            runner.prepare(key)
+        runner.prepare(tuple(type.shape for type in session._types))
+        assert runner._current() is first
+        runner.prepare("another")
+        assert next(iter(runner._executions)) == 1
+        assert len(runner._executions) == session_module.MAX_EXECUTIONS
+        assert runner._constants == constants
+        np.testing.assert_array_equal(session.run(arithmetic_inputs())[0], arithmetic_result(arithmetic_inputs()))
+
+
+def test_on_a_gpu_the_host_spins_first(own_device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_device, "info", replace(own_device.info, kind="discrete"))
+    for seconds in (0.0, 10.0):
+        monkeypatch.setattr("torchvk.runtime.execution.SPIN_SECONDS", seconds)
+        with Session(arithmetic()) as session:
+            inputs = arithmetic_inputs()
+            np.testing.assert_array_equal(session.run(inputs)[0], arithmetic_result(inputs))
 
 
 def test_describe_counts() -> None:
