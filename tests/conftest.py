@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 os.environ["TORCHVK_VALIDATION"] = "1"
-# Tests neither read nor fill the user's pipeline cache.
-os.environ.setdefault("TORCHVK_CACHE_DIR", tempfile.mkdtemp(prefix="torchvk-tests-"))
+# Tests neither read nor fill the user's pipeline cache. (The folder goes with the object.)
+_cache = tempfile.TemporaryDirectory(prefix="torchvk-tests-")
+os.environ.setdefault("TORCHVK_CACHE_DIR", _cache.name)
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +24,17 @@ def _no_validation_messages() -> Iterator[None]:
     yield
     said = validation_messages()[before:]
     assert not said, "the validation layers said:\n" + "\n".join(said)
+
+
+@pytest.fixture
+def own_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Device that is nobody else's, freed of everything at the end; destroying it makes the validation layers name
+    what leaked."""
+    from torchvk.runtime import device as device_module
+
+    monkeypatch.setattr(device_module, "_devices", {})
+    device = device_module.open_device()
+    yield device
+    gc.collect()
+    assert device.allocator.usage() == (0, 0)
+    device.close()

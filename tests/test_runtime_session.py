@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sample_graphs import Builder, arithmetic, arithmetic_inputs, arithmetic_result
 
-from torchvk import ops
 from torchvk.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -25,59 +25,13 @@ from torchvk.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
-from torchvk.graph import DType, Graph, TensorType
-from torchvk.graph.build import GraphBuilder
-from torchvk.ops import Layout
-from torchvk.ops import operator as registry
-from torchvk.runtime import Session, by_operator, chrome_trace, upload, validation_messages
-from torchvk.runtime import device as device_module
+from torchvk.graph import DType, TensorType
+from torchvk.runtime import Session, by_operator, chrome_trace, validation_messages
 from torchvk.runtime import session as session_module
 from torchvk.runtime.device import Device, open_device
 from torchvk.runtime.execution import Execution
-from torchvk.runtime.upload import upload_constants
 
 Array = np.ndarray[Any, Any]
-
-
-class Builder(GraphBuilder):
-    """A builder that asks the operators for their output types."""
-
-    def op(self, name: str, *inputs: int, source: str = "", **attributes: Any) -> int:
-        self.node(name, inputs, (), attributes)
-        decoded = ops.get(name).decode(self.nodes.pop())
-        types = ops.get(name).infer(decoded, [self.tensors[index].type for index in inputs])
-        return self.node(name, inputs, types, decoded, name=name, source=source)[0]
-
-
-def arithmetic() -> Graph:
-    """(a + b) * c, permuted; float32 [3, 5]."""
-    builder = Builder()
-    a = builder.input("a", TensorType(DType.FLOAT32, (3, 5)))
-    b = builder.input("b", TensorType(DType.FLOAT32, (3, 5)))
-    c = builder.constant("c", np.arange(5, dtype=np.float32))
-    total = builder.op("add", a, b, source="model.add")
-    product = builder.op("mul", total, c, source="model.mul")
-    return builder.build([builder.op("permute", product, dims=[1, 0])])
-
-
-def arithmetic_inputs(seed: int = 0) -> list[Array]:
-    random = np.random.default_rng(seed)
-    return [random.standard_normal((3, 5)).astype(np.float32) for _ in range(2)]
-
-
-def arithmetic_result(inputs: list[Array]) -> Array:
-    return ((inputs[0] + inputs[1]) * np.arange(5, dtype=np.float32)).T
-
-
-@pytest.fixture
-def own_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A device that is nobody else's; destroying it makes the validation layers name what leaked."""
-    monkeypatch.setattr(device_module, "_devices", {})
-    device = open_device()
-    yield device
-    gc.collect()
-    assert device.allocator.usage() == (0, 0)
-    device.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"staged": True}, {"poison": True}, {"max_tier": 0}, {"device": "reference"}])
@@ -328,87 +282,6 @@ def test_ctrl_c_waits_for_the_device(own_device: Device, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(session.run(arithmetic_inputs())[0], arithmetic_result(arithmetic_inputs()))
 
 
-def with_large_constant(nbytes: int) -> Graph:
-    builder = Builder()
-    constant = builder.constant("weight", np.zeros(nbytes, np.int8))
-    return builder.build([builder.op("reshape", constant, shape=[nbytes // 2, 2])])
-
-
-def test_models_larger_than_the_memory_are_refused_with_numbers(own_device: Device) -> None:
-    heaps = own_device.allocator._heaps
-    heaps[:] = [1 << 20] * len(heaps)
-    with pytest.raises(OutOfMemoryError, match=r"the model needs [\d,]+ bytes.*; 1,048,576 of 1,048,576 are"):
-        Session(with_large_constant(1 << 20))
-    with Session(arithmetic()) as session:  # the process can go on
-        session.run(arithmetic_inputs())
-
-
-def test_constants_above_the_storage_range_are_refused_with_numbers(own_device: Device) -> None:
-    limit = 1 << 20
-    own_device.physical.limits.maxStorageBufferRange = limit
-    with pytest.raises(UnsupportedError, match=r"2,097,152 bytes.*1,048,576"):
-        Session(with_large_constant(2 * limit))
-    assert own_device.allocator.usage() == (0, 0)
-
-
-@pytest.mark.parametrize("staged", [False, True])
-def test_constants_arrive_whole(staged: bool, own_device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a small ring: constants that share a chunk, end with one, and take several."""
-    monkeypatch.setattr(upload, "CHUNK", 4096)
-    random = np.random.default_rng(0)
-    arrays = [random.integers(-128, 128, size, np.int8) for size in (1, 15, 16, 4064, 17, 4096, 20_001, 5, 0)]
-    builder = Builder()
-    graph = builder.build([builder.constant(f"c{i}", array) for i, array in enumerate(arrays)])
-    with Session(graph, staged=staged) as session:
-        for output, array in zip(session.run([]), arrays, strict=True):
-            np.testing.assert_array_equal(output, array)
-
-
-def test_layouts_pack_constants_once(own_device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[Array] = []
-
-    def reverse(array: Array) -> Array:
-        packed.append(array)
-        return array[::-1]
-
-    neg = ops.get("neg")
-
-    def kernels(attributes: Any, inputs: Any, outputs: Any, capabilities: Any) -> Any:
-        made = neg.kernels(attributes, inputs, outputs, capabilities)
-        layout = Layout("reversed", reverse)
-        dispatches = [
-            replace(d, buffers=tuple(replace(arg, layout=layout) if not arg.write else arg for arg in d.buffers))
-            for d in made.dispatches
-        ]
-        return replace(made, dispatches=tuple(dispatches))
-
-    constant_neg = replace(neg, name="test_neg", kernels=kernels, constant_inputs=frozenset({0}))
-    monkeypatch.setitem(registry._registry, "test_neg", constant_neg)
-    builder = Builder()
-    values = np.arange(7, dtype=np.float32)
-    c = builder.constant("c", values)
-    graph = builder.build([builder.op("test_neg", c), builder.op("test_neg", c), builder.op("neg", c)])
-    with Session(graph) as session:
-        first, second, plain = session.run([])
-    assert len(packed) == 1
-    for output in (first, second):
-        np.testing.assert_array_equal(output, -values[::-1])
-    np.testing.assert_array_equal(plain, -values)
-
-
-def test_uploads_that_fail_free_what_they_made(own_device: Device) -> None:
-    graph = with_large_constant(1 << 16)
-    from torchvk.runtime.plan import Constant
-
-    def broken(array: Array) -> Array:
-        raise RuntimeError("cannot pack")
-
-    for staged in (False, True):
-        with pytest.raises(RuntimeError, match="cannot pack"), own_device.lock:
-            upload_constants(own_device, graph, [Constant(0), Constant(0, Layout("broken", broken))], staged=staged)
-        assert own_device.allocator.usage() == (0, 0)
-
-
 def test_recorded_plans_are_kept_and_the_oldest_dropped(own_device: Device) -> None:
     """Shapes are static today, so a session makes one; the keys here stand for sets of shapes."""
     with Session(arithmetic()) as session:
@@ -511,7 +384,7 @@ def test_the_environment_chooses_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 EXIT = """
 import os, sys, threading
 sys.path.insert(0, {tests!r})
-from test_runtime_session import arithmetic, arithmetic_inputs
+from sample_graphs import arithmetic, arithmetic_inputs
 from torchvk.runtime import Session, validation_messages
 import atexit
 
