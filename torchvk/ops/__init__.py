@@ -4,7 +4,9 @@
 from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise
 from torchvk.ops import indexing as indexing
+from torchvk.ops import linear as linear
 from torchvk.ops import movement as movement
+from torchvk.ops import reduction as reduction
 from torchvk.ops.operator import (
     Arg,
     Array,

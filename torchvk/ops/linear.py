@@ -22,10 +22,10 @@ from torchvk.ops.operator import (
     grid,
     read,
     register,
-    scratch_read,
     scratch_write,
     write,
 )
+from torchvk.ops.rounding import round_to_half
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 MAX_BATCH_RANK = 6
@@ -169,15 +169,7 @@ def _kernels(product: Product, bias: bool, slots: tuple[int, int, int], capabili
     )
     if not detour:
         return Kernels((main,))
-    rounding = Dispatch(
-        kernel="round_to_half",
-        buffers=(scratch_read(0), scratch_read(0), scratch_read(0), write(0)),
-        groups=grid(-(-count // 2), capabilities),
-        constants=(capabilities.local_size, *(0,) * 7),
-        push=struct.pack("<8I", 0, 0, 0, count, 0, 0, 0, 0) + bytes(3 * 4 * MAX_BATCH_RANK),
-        bytes=6 * count,
-    )
-    return Kernels((main, rounding), (4 * count,))
+    return Kernels((main, round_to_half(count, 0, capabilities)), (4 * count,))
 
 
 def _distinct(batch: Sequence[int], strides: Sequence[int]) -> int:
@@ -260,7 +252,8 @@ def _matmul_kernels(
     attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
     a, b = inputs
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if outputs[0].numel == 0:
         return Kernels(())
     return _kernels(_matmul_product(attributes, a, b, outputs[0]), False, (0, 1, 1), capabilities)
@@ -268,7 +261,8 @@ def _matmul_kernels(
 
 def _matmul_reference(attributes: MatmulAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     a, b = inputs
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     # float16 is multiplied and summed in float32 and rounded once, as torch does.
     left, right = a.astype(np.float32), b.astype(np.float32)
     left = left.swapaxes(-1, -2) if attributes.transpose_a else left
@@ -316,14 +310,16 @@ def _linear_kernels(
     attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
     x, weight, bias = (*inputs, None)[:3]
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     product = Product(math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True)
     return _kernels(product, bias is not None, (0, 1, 2), capabilities)
 
 
 def _linear_reference(attributes: LinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     x, weight, bias = (*inputs, None)[:3]
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     with np.errstate(all="ignore"):
         y = np.matmul(x.astype(np.float32), weight.astype(np.float32).T)
         if bias is not None:
