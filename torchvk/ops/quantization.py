@@ -1,0 +1,263 @@
+"""Dynamic quantization of activations: the formulas of torchao and PT2E, and the dispatches that carry them out.
+
+x [M, K] becomes integers q with a scale and a zero point a row: x ≈ (q − zero point) · scale. The formulas are those
+of ``torchao.quantization.quant_primitives`` (``_choose_qparams_affine``, ``_quantize_affine_no_dtype_cast``) and of
+``torch.ao.quantization.fx._decomposed`` (``choose_qparams``, ``choose_qparams_per_token*``, ``quantize_per_tensor``,
+``quantize_per_token``) on a CPU. With min ≤ 0 ≤ max the range of x, widened to hold 0:
+
+- asymmetric: scale = max((max − min) / (quant_max − quant_min), eps),
+  zero point = clamp(quant_min − round(min / scale));
+- symmetric: scale = max(max(−min, max) / ((quant_max − quant_min) / 2), eps), zero point 0;
+- q = clamp(round(x · (1 / scale)) + zero point), with round half to even.
+
+They differ in the precision of each step (``Scheme.qparams``): torchao computes all of it in x's dtype, PT2E the
+range and the scale in x's dtype and the rest in float32. Per token, PT2E chooses the zero point from whichever end
+of the range loses less, and rounds x / scale + zero point in float64.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from torchvk.graph import DType
+from torchvk.ops.operator import (
+    Arg,
+    Array,
+    Capabilities,
+    Dispatch,
+    grid,
+    read,
+    scratch_read,
+    scratch_write,
+)
+
+Activation = Literal["none", "dynamic_per_token", "dynamic_per_tensor"]
+Formulas = Literal["torchao", "pt2e"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How activations are quantized.
+
+    activation: "dynamic_per_token" has a scale for every row, "dynamic_per_tensor" one for all.
+    eps: the smallest scale; for symmetric PT2E quantization per token, the smallest largest magnitude.
+    """
+
+    activation: Activation
+    symmetric: bool
+    quant_min: int
+    quant_max: int
+    eps: float
+    qparams: Formulas
+
+    @property
+    def per_token(self) -> bool:
+        return self.activation == "dynamic_per_token"
+
+    @property
+    def formula(self) -> int:
+        """The code that the shader knows: 0 torchao, 1 PT2E per tensor, 2 PT2E per token."""
+        if self.qparams == "torchao":
+            return 0
+        return 2 if self.per_token else 1
+
+    def smallest(self, dtype: DType) -> float:
+        """eps as the formula meets it: in x's precision where it clamps a tensor of x's dtype."""
+        if self.formula == 1 or (self.formula == 2 and self.symmetric):
+            return float(np.float32(self.eps))
+        return float(dtype.numpy.type(self.eps))
+
+
+def quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    """Integers int32 [M, K], scales float32 [M, 1] and zero points int32 [M, 1] of x [M, K], float32 or float16.
+
+    A row (per tensor: every row) with a value that is not finite, or a range too wide for x's dtype, gets the scale
+    NaN, and so a result of NaN; eager mode gives NaN there too, or, where no other value of the row quantizes to its
+    zero point, infinity.
+    """
+    with np.errstate(all="ignore"):
+        return _quantize(x, scheme)
+
+
+def _quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    axis = 1 if scheme.per_token else None
+    # NumPy's float16 arithmetic rounds after each operation, as torch's does.
+    low = np.minimum(x.min(axis=axis, keepdims=True), x.dtype.type(0))
+    high = np.maximum(x.max(axis=axis, keepdims=True), x.dtype.type(0))
+    low, high = np.broadcast_to(low, (len(x), 1)), np.broadcast_to(high, (len(x), 1))
+    scale, zero_point = _choose(low, high, scheme)
+    bad = ~np.isfinite(scale) | np.isnan(low) | np.isnan(high)
+    scale = np.where(bad, scale.dtype.type(1), scale)
+    zero_point = np.where(bad, 0, zero_point)
+    clean = np.where(bad, x.dtype.type(0), x)
+    if scheme.formula == 0:
+        q = np.rint(clean * (x.dtype.type(1) / scale)) + zero_point
+    elif scheme.formula == 2 and not scheme.symmetric:
+        q = np.rint(clean.astype(np.float64) * (1 / scale.astype(np.float64)) + zero_point)
+    else:
+        q = np.rint(clean.astype(np.float32) * (np.float32(1) / scale)) + zero_point
+    integers = np.clip(q, scheme.quant_min, scheme.quant_max).astype(np.int32)
+    return integers, np.where(bad, np.nan, scale).astype(np.float32), zero_point.astype(np.int32)
+
+
+def _choose(low: Array, high: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """Scale and zero point for ranges that hold zero."""
+    dtype = low.dtype.type
+    qmin, qmax = scheme.quant_min, scheme.quant_max
+    smallest = scheme.smallest(DType.of(low.dtype))
+    if scheme.symmetric:
+        largest = np.maximum(-low, high)
+        if scheme.formula == 2:
+            scale = np.maximum(largest.astype(np.float32), np.float32(smallest)) / np.float32(qmax)
+        else:
+            scale = _divide(largest, (qmax - qmin) / 2)
+            scale = np.maximum(scale.astype(dtype if scheme.formula == 0 else np.float32), dtype(smallest))
+        zero = int((qmax + qmin + 1) / 2) if scheme.formula == 0 else 0
+        return scale, np.full(scale.shape, zero, np.int32)
+    scale = _divide(high - low, qmax - qmin)
+    if scheme.formula == 1:
+        scale = np.maximum(scale.astype(np.float32), np.float32(smallest))
+        zero_point = qmin - np.rint(low.astype(np.float32) / scale)
+    elif scheme.formula == 0:
+        scale = np.maximum(scale, dtype(smallest))
+        zero_point = qmin - np.rint(low / scale)
+    else:
+        scale = np.maximum(scale, dtype(smallest))
+        down, up = low / scale, high / scale
+        from_min = (dtype(qmin) + down) + (dtype(qmax) + up) > 0
+        zero_point = np.where(from_min, dtype(qmin) - down, dtype(qmax) - up)
+    return scale, np.rint(np.clip(np.nan_to_num(zero_point), qmin, qmax)).astype(np.int32)
+
+
+def _divide(a: Array, b: float) -> Array:
+    """a / b in a's dtype; torch divides float16 by a number in float32 and rounds the quotient."""
+    quotient: Array = (a.astype(np.float32) / np.float32(b)).astype(a.dtype)
+    return quotient
+
+
+@dataclass(frozen=True)
+class Rows:
+    """x [m, k] and the columns of its copy: groups of ``group`` columns, spread to ``pitch``, padded to ``columns``."""
+
+    m: int
+    k: int
+    dtype: DType
+    group: int
+    pitch: int
+    columns: int
+
+    def push(self, scheme: Scheme | None = None) -> bytes:
+        low, high, eps = (
+            (0, 0, 0.0) if scheme is None else (scheme.quant_min, scheme.quant_max, scheme.smallest(self.dtype))
+        )
+        return struct.pack("<5I2if", self.m, self.k, self.columns, self.group, self.pitch, low, high, eps)
+
+    def constants(self, local_size: int, scheme: Scheme | None = None, floats: bool = False) -> tuple[int, ...]:
+        aligned = self.k % 4 == 0 and self.group % 4 == 0
+        formula, symmetric = (0, False) if scheme is None else (scheme.formula, scheme.symmetric)
+        return (local_size, self.dtype is DType.FLOAT16, aligned, formula, symmetric, floats)
+
+
+def quantization(
+    rows: Rows, x: int, scheme: Scheme, capabilities: Capabilities, *, floats: bool, texels: bool
+) -> tuple[tuple[Dispatch, ...], tuple[int, ...]]:
+    """Dispatches that quantize input ``x`` into scratch, and the sizes of the scratch buffers.
+
+    Scratch 0: the integers, int8 [m, columns], or, with ``floats``, less their zero points as float32. Scratch 1:
+    per row its scale (float32) and zero point (int32). The rest is their own. Nothing depends on the weights, so
+    layers with one input share it. ``texels``: whether x is read as texels.
+    """
+    suffix, local_size = _variant(rows.columns, texels, capabilities)
+    results = (scratch_write(0), scratch_write(1))
+    sizes: tuple[int, ...] = (rows.m * rows.columns * (4 if floats else 1), 8 * rows.m)
+    x_bytes = rows.m * rows.k * rows.dtype.bits // 8
+    constants = rows.constants(local_size, scheme, floats)
+    source = read(x, texels=texels)
+    groups = grid(rows.m, capabilities, 1)
+    if scheme.per_token:
+        one = Dispatch(
+            f"quantize_tokens{suffix}",
+            (source, *results),
+            groups,
+            constants,
+            rows.push(scheme),
+            bytes=x_bytes + sum(sizes),
+        )
+        return (one,), sizes
+    dispatches = [
+        Dispatch(
+            f"quantize_range{suffix}", (source, scratch_write(2)), groups, constants, rows.push(scheme), bytes=x_bytes
+        )
+    ]
+    sizes = (*sizes, 8 * rows.m)
+    ranges = 2
+    if rows.m > 1:
+        width = -(-2 * rows.m // 4) * 4
+        lengths = Rows(1, 2 * rows.m, DType.FLOAT32, width, width, width)
+        local_of_ranges = _variant(width, texels, capabilities)[1]
+        dispatches.append(
+            Dispatch(
+                f"quantize_range{suffix}",
+                (scratch_read(2, texels=texels), scratch_write(3)),
+                (1, 1, 1),
+                lengths.constants(local_of_ranges, scheme),
+                lengths.push(scheme),
+                bytes=8 * rows.m,
+            )
+        )
+        sizes = (*sizes, 8)
+        ranges = 3
+    dispatches.append(
+        Dispatch(
+            f"quantize_tensor{suffix}",
+            (source, scratch_read(ranges), *results),
+            groups,
+            constants,
+            rows.push(scheme),
+            bytes=x_bytes + sizes[0],
+        )
+    )
+    return tuple(dispatches), sizes
+
+
+def spreading(rows: Rows, x: int, capabilities: Capabilities, *, texels: bool) -> tuple[Dispatch, int]:
+    """The dispatch that copies input ``x`` to scratch 0 as float32 [m, columns], and the size of that."""
+    suffix, local_size = _variant(rows.columns, texels, capabilities)
+    size = 4 * rows.m * rows.columns
+    buffers: tuple[Arg, ...] = (read(x, texels=texels), scratch_write(0))
+    dispatch = Dispatch(
+        f"spread_rows{suffix}",
+        buffers,
+        grid(rows.m, capabilities, 1),
+        rows.constants(local_size),
+        rows.push(),
+        bytes=rows.m * rows.k * rows.dtype.bits // 8 + size,
+    )
+    return dispatch, size
+
+
+def _variant(columns: int, texels: bool, capabilities: Capabilities) -> tuple[str, int]:
+    """Kernel suffix and workgroup size for rows of so many columns."""
+    if texels:
+        return "_lanes", LANES
+    # A power of two, for the tree of the reduction; a thread takes four columns at a time.
+    wanted = 1 << max(5, (columns // 4 - 1).bit_length())
+    return "", min(256, wanted, 1 << (capabilities.max_workgroup_invocations.bit_length() - 1))
+
+
+# Threads of the kernels for CPUs: one subgroup, and what AVX2 computes at once.
+LANES = 8
+
+
+def reads_texels(capabilities: Capabilities, *nbytes: int) -> bool:
+    """Whether the kernels for CPUs can be used: buffers of these sizes as texels, sums across one subgroup."""
+    return (
+        capabilities.kind == "cpu"
+        and capabilities.tier >= 1
+        and capabilities.subgroup_size >= LANES
+        and all(-(-size // 16) <= capabilities.max_texels for size in nbytes)
+    )

@@ -1,0 +1,376 @@
+"""Linear layers with integer weights: ``quantized_linear``.
+
+    y[m, n] = sx[m] · Σ_g sw[n, g] · Σ_{k in g} (qx[m, k] − zx[m]) · qw[n, k] + b[n]
+
+with quantized activations: the inner sums are integers and exact, the sum over groups is in float32. Without (weight
+only): y[m, n] = Σ_k x[m, k] · (sw[n, g] · qw[n, k]) + b[n] in float32. float16 results are rounded once, at the end.
+
+Against eager mode, which dequantizes and multiplies matrices: float32 models differ by the order of float32 additions
+alone. float16 models there round every dequantized weight and activation to float16, which is not repeated here: each
+product may differ by 2^-10 of itself (twice half a unit of 11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from torchvk.graph import DType, TensorType
+from torchvk.ops.operator import (
+    Arg,
+    Array,
+    Capabilities,
+    Dispatch,
+    Kernels,
+    Layout,
+    Operator,
+    OperatorError,
+    Types,
+    grid,
+    read,
+    register,
+    scratch_read,
+    scratch_write,
+    write,
+)
+from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, quantization, quantize, reads_texels
+from torchvk.ops.quantization import spreading as spread
+from torchvk.ops.rounding import round_to_half
+
+X, WEIGHT, SCALE, BIAS = range(4)
+UNIT = 32  # columns of a unit: one uint4 of int4 weights
+# A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128.
+MAX_GROUP = 1 << 16
+MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
+
+
+@dataclass(frozen=True)
+class QuantizedLinearAttributes:
+    """group_size: input channels that share a scale; it divides K, and is K for one scale an output channel.
+
+    activation: "none" leaves x as it is (weight only); "dynamic_per_token" and "dynamic_per_tensor" quantize it to
+    int8 at run time with the formulas of torchvk.ops.quantization, which say what the other attributes mean.
+    """
+
+    group_size: int
+    activation: Activation = "none"
+    symmetric: bool = False
+    quant_min: int = -128
+    quant_max: int = 127
+    eps: float = float(np.finfo(np.float32).tiny)
+    qparams: Formulas = "torchao"
+
+    @property
+    def scheme(self) -> Scheme | None:
+        if self.activation == "none":
+            return None
+        return Scheme(self.activation, self.symmetric, self.quant_min, self.quant_max, self.eps, self.qparams)
+
+
+def _fail(message: str) -> NoReturn:
+    raise OperatorError(f"quantized_linear: {message}")
+
+
+def _operands(inputs: Types) -> tuple[TensorType, TensorType, TensorType, TensorType | None]:
+    if len(inputs) not in (3, 4):
+        _fail(f"takes x, weight, scale and perhaps bias, {len(inputs)} operands were given")
+    x, weight, scale = inputs[:3]
+    if x is None or weight is None or scale is None:
+        _fail("x, weight and scale must be there")
+    return x, weight, scale, inputs[BIAS] if len(inputs) == 4 else None
+
+
+def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[TensorType, ...]:
+    x, weight, scale, bias = _operands(inputs)
+    floats = (DType.FLOAT32, DType.FLOAT16)
+    if x.dtype not in floats or not x.shape:
+        _fail(f"x must be float32 or float16 of rank 1 or more, got {x}")
+    if weight.dtype not in (DType.INT4, DType.INT8) or len(weight.shape) != 2:
+        _fail(f"the weight must be int4 or int8 of rank 2, got {weight}")
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        _fail(f"x has {x.shape[-1]} columns, the weight {weight} has {k}")
+    if k == 0:
+        _fail("there must be at least one input channel")
+    if attributes.group_size < 1 or k % attributes.group_size:
+        _fail(f"group_size {attributes.group_size} does not divide the {k} input channels")
+    if scale.dtype not in floats or scale.shape != (n, k // attributes.group_size):
+        _fail(f"the scale must be float32 or float16 {[n, k // attributes.group_size]}, got {scale}")
+    if bias is not None and (bias.dtype not in (DType.FLOAT32, x.dtype) or bias.shape != (n,)):
+        _fail(f"the bias must be float32 or {x.dtype.value} {[n]}, got {bias}")
+    if attributes.scheme is not None:
+        if not -128 <= attributes.quant_min < attributes.quant_max <= 127:
+            _fail(f"activations of [{attributes.quant_min}, {attributes.quant_max}] are not int8")
+        if not (math.isfinite(attributes.eps) and attributes.eps >= 0):
+            _fail(f"eps must be a number of 0 or more, got {attributes.eps}")
+    return (TensorType(x.dtype, (*x.shape[:-1], n)),)
+
+
+def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None:
+    x, weight, _, _ = _operands(inputs)
+    if attributes.activation != "none" and attributes.group_size > MAX_GROUP:
+        return f"groups of {attributes.group_size} columns may overflow int32; {MAX_GROUP} are supported"
+    padded = -(-weight.shape[1] // UNIT) * UNIT
+    rows = max(math.prod(x.shape[:-1]), weight.shape[0])
+    # Spreading odd groups to whole units can take 32 times the columns, at group size 1.
+    width = (
+        padded
+        if attributes.group_size in (16, weight.shape[1])
+        else _pitch(attributes.group_size) * (weight.shape[1] // attributes.group_size)
+    )
+    if rows * max(padded, width) > MAX_ELEMENTS or math.prod(x.shape[:-1]) * weight.shape[0] > MAX_ELEMENTS:
+        return f"{x} times {weight} has more than {MAX_ELEMENTS} elements"
+    return None
+
+
+def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+    """As eager mode: dequantize both to x's dtype, multiply matrices in float32, round."""
+    x, weight, scale = inputs[:3]
+    bias = inputs[BIAS] if len(inputs) == 4 else None
+    assert x is not None
+    assert weight is not None
+    assert scale is not None
+    n, k = weight.shape
+    with np.errstate(all="ignore"):
+        grouped = weight.reshape(n, -1, attributes.group_size).astype(np.float32) * scale[..., None].astype(np.float32)
+        w = grouped.reshape(n, k).astype(x.dtype).astype(np.float32)
+        rows = x.reshape(-1, k)
+        scheme = attributes.scheme
+        if scheme is not None and len(rows):
+            q, row_scale, zero_point = quantize(rows, scheme)
+            rows = ((q - zero_point).astype(np.float32) * row_scale).astype(x.dtype)
+        y = rows.astype(np.float32) @ w.T
+        if bias is not None:
+            y = y + bias.astype(np.float32)
+        return (y.reshape(*x.shape[:-1], n).astype(x.dtype),)
+
+
+def _pitch(group: int) -> int:
+    return -(-group // UNIT) * UNIT
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The weight [n, k] as kernels want it: rows of ``units`` units, groups of ``group`` columns spread to ``pitch``.
+
+    Groups are whole units, or half a unit (16 columns); others are spread, with zeros between. One group to a row is
+    padded at the end.
+    """
+
+    n: int
+    k: int
+    bits: int
+    group: int
+    pitch: int
+
+    @staticmethod
+    def of(weight: TensorType, group: int) -> Packing:
+        n, k = weight.shape
+        pitch = 16 if group == 16 and k > 16 else _pitch(group)
+        return Packing(n, k, weight.dtype.bits, group, pitch)
+
+    @property
+    def groups(self) -> int:
+        return self.k // self.group
+
+    @property
+    def units(self) -> int:
+        return -(-self.groups * self.pitch // UNIT)
+
+    @property
+    def columns(self) -> int:
+        return self.units * UNIT
+
+    @property
+    def half_groups(self) -> bool:
+        return self.pitch < UNIT
+
+    @property
+    def units_per_group(self) -> int:
+        return max(1, self.pitch // UNIT)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.columns * self.bits // 8
+
+    def rows(self, m: int, dtype: DType) -> Rows:
+        """The copy of x that meets the weight; it says nothing of groups where they are not spread."""
+        spread_out = self.pitch != self.group and self.groups > 1
+        group, pitch = (self.group, self.pitch) if spread_out else (self.columns, self.columns)
+        return Rows(m, self.k, dtype, group, pitch, self.columns)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the constant is rearranged, or None if it can stay as it is."""
+        if self.bits == 8 and self.columns == self.k:
+            return None
+        return Layout(f"quantized_weight_{self.bits}_{self.group}_{self.pitch}_{self.columns}", self.pack)
+
+    def pack(self, weight: Array) -> Array:
+        """int8 [n, k] to bytes [n, columns · bits / 8]; see quantized_linear.slang for the order of nibbles."""
+        padded = weight
+        if self.columns != self.k:
+            padded = np.zeros((self.n, self.columns), np.int8)
+            spread_out = padded[:, : self.groups * self.pitch].reshape(self.n, self.groups, self.pitch)
+            spread_out[:, :, : self.group] = weight.reshape(self.n, self.groups, self.group)
+        if self.bits == 8:
+            return np.ascontiguousarray(padded)
+        # Four columns a word: the even words' nibbles go low, the odd words' high.
+        words = np.ascontiguousarray(padded).view(np.uint32)
+        packed: Array = words[:, 1::2] & np.uint32(0x0F0F0F0F)
+        packed <<= np.uint32(4)
+        packed |= words[:, 0::2] & np.uint32(0x0F0F0F0F)
+        return packed
+
+    def scale_layout(self, dtype: DType) -> Layout | None:
+        """For the kernels that read texels: float32, whole texels a row."""
+        width = -(-self.groups // 4) * 4
+        if dtype is DType.FLOAT32 and width == self.groups:
+            return None
+
+        def pack(scale: Array) -> Array:
+            padded = np.zeros((self.n, width), np.float32)
+            padded[:, : self.groups] = scale
+            return padded
+
+        return Layout(f"quantized_scale_{dtype.value}_{self.groups}_{width}", pack)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel: the rows and columns of y that a workgroup computes, its size, and whether it reads texels."""
+
+    kernel: str
+    tile_m: int
+    tile_n: int
+    local_size: int
+    texels: bool = False
+
+
+def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) -> Choice:
+    """The kernel for m rows: pure, and the one place that a new kernel (cooperative matrices at tier 2) joins."""
+    x_bytes = 4 * m * packing.columns
+    scale_bytes = 4 * packing.n * (packing.groups + 3)
+    if reads_texels(capabilities, x_bytes, packing.nbytes, scale_bytes):
+        rows = 1 if m == 1 else 4 if m <= 4 else 8
+        suffix = "_broadcast" if capabilities.shuffle else ""
+        return Choice(f"quantized_linear_lanes_{rows}{suffix}", rows, 4 * LANES, LANES, texels=True)
+    if m <= 4:
+        # No more threads than units.
+        local_size = min(128, max(32, 1 << (packing.units - 1).bit_length()))
+        return Choice(f"quantized_gemv{'_subgroup' if capabilities.tier >= 1 else ''}", m, 2, local_size)
+    local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
+    return Choice(f"quantized_gemm_{'integer' if dynamic else 'float'}", local_size // 4, 64, local_size)
+
+
+def _kernels(
+    attributes: QuantizedLinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    x, weight, scale, bias = _operands(inputs)
+    if outputs[0].numel == 0:
+        return Kernels(())
+    packing = Packing.of(weight, attributes.group_size)
+    m = math.prod(x.shape[:-1])
+    scheme = attributes.scheme
+    choice = choose(m, packing, scheme is not None, capabilities)
+    dispatches: tuple[Dispatch, ...] = ()
+    scratch: tuple[int, ...] = ()
+    source = read(X, texels=choice.texels)
+    rows = packing.rows(m, x.dtype)
+    half_x = False
+    if scheme is not None:
+        dispatches, scratch = quantization(rows, X, scheme, capabilities, floats=choice.texels, texels=choice.texels)
+        source = scratch_read(0, texels=choice.texels)
+    elif packing.columns != packing.k or (choice.texels and x.dtype is DType.FLOAT16):
+        dispatch, size = spread(rows, X, capabilities, texels=choice.texels)
+        dispatches, scratch = (dispatch,), (size,)
+        source = scratch_read(0, texels=choice.texels)
+    else:
+        half_x = x.dtype is DType.FLOAT16
+    # With an odd number of columns neighbouring rows share words of halves: float32 first, then a pass that rounds.
+    detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
+    out = scratch_write(len(scratch)) if detour else write(0)
+    main = _product(packing, choice, m, x, scale, bias, scheme, source, out, half_x, capabilities)
+    dispatches = (*dispatches, main)
+    if detour:
+        dispatches = (*dispatches, round_to_half(m * packing.n, len(scratch), capabilities))
+        scratch = (*scratch, 4 * m * packing.n)
+    return Kernels(dispatches, scratch)
+
+
+def _product(
+    packing: Packing,
+    choice: Choice,
+    m: int,
+    x: TensorType,
+    scale: TensorType,
+    bias: TensorType | None,
+    scheme: Scheme | None,
+    source: Arg,
+    out: Arg,
+    half_x: bool,
+    capabilities: Capabilities,
+) -> Dispatch:
+    """The matrix product proper."""
+    texels = choice.texels
+    tiles_n = -(-packing.n // choice.tile_n)
+    tiles = tiles_n * -(-m // choice.tile_m)
+    weights = read(WEIGHT, packing.layout, texels)
+    scales = read(SCALE, packing.scale_layout(scale.dtype) if texels else None, texels)
+    bias_code = 0 if bias is None else 1 if bias.dtype is DType.FLOAT32 else 2
+    shared = (
+        choice.local_size,
+        packing.bits,
+        scheme is not None,
+        packing.half_groups,
+        bias_code,
+        x.dtype is DType.FLOAT16 and out.role == "output",
+    )
+    if texels:
+        # Sums of products below 2^24 are exact in float32; longer groups are summed in pieces of that.
+        exact_units = (1 << 24) // (255 * (8 if packing.bits == 4 else 128) * UNIT)
+        constants: tuple[int, ...] = (
+            *shared,
+            exact_units,
+            scheme is not None and packing.units_per_group > exact_units,
+        )
+    else:
+        constants = (*shared, half_x, scale.dtype is DType.FLOAT16, m)
+    x_bytes = m * packing.columns * (4 if texels or (scheme is None and not half_x) else 2 if half_x else 1)
+    return Dispatch(
+        kernel=choice.kernel,
+        # Every binding needs a buffer: what is absent is replaced by one that is there, and not read.
+        buffers=(
+            source,
+            weights,
+            scales,
+            weights if bias is None else read(BIAS, texels=texels),
+            weights if scheme is None else scratch_read(1, texels=texels),
+            out,
+        ),
+        groups=grid(tiles, capabilities, 1),
+        constants=constants,
+        push=struct.pack("<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles_n, tiles),
+        bytes=x_bytes + packing.nbytes + scale.nbytes + m * packing.n * x.dtype.bits // 8,
+        flops=2 * m * packing.n * packing.k,
+    )
+
+
+register(
+    Operator(
+        name="quantized_linear",
+        summary="linear with int4 or int8 weights, in groups or per channel, and perhaps dynamic int8 activations",
+        infer=_infer,
+        reference=_reference,
+        kernels=_kernels,
+        attributes=QuantizedLinearAttributes,
+        support=_support,
+        constant_inputs=frozenset({WEIGHT, SCALE, BIAS}),
+        dtypes=(DType.FLOAT32, DType.FLOAT16),
+    )
+)
