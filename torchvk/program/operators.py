@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from torchvk.errors import FormatError, TorchVkError, UnsupportedError
+from torchvk.program.pte import DTYPES
 from torchvk.program.tensors import import_torch
 
 NAMESPACES = frozenset({"aten", "quantized_decomposed", "torchao"})
@@ -186,7 +187,7 @@ def _from_torch(name: str, torch: Any, custom: Collection[str]) -> Kernel | None
             # In-place changes of shape or storage would outlive the call.
             if torch.Tag.inplace_view in found.tags:
                 return None
-            return _kernel(name, found)
+            return _kernel(name, found, torch)
     return None
 
 
@@ -199,7 +200,7 @@ def _functional(overload: str) -> tuple[str, ...]:
     return (stem, stem.lower()) if stem != overload else ()
 
 
-def _kernel(name: str, function: Any) -> Kernel:
+def _kernel(name: str, function: Any, torch: Any) -> Kernel:
     arguments = function._schema.arguments
     positional = sum(not argument.kwarg_only for argument in arguments)
     keywords = [argument.name for argument in arguments if argument.kwarg_only]
@@ -209,12 +210,37 @@ def _kernel(name: str, function: Any) -> Kernel:
         for position, argument in enumerate(arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+    # exir writes these as numbers, and torch would take the numbers, but without a look: some end the process.
+    enumerations = _enumerations(torch)
+    converted = [
+        (position, enumerations[type])
+        for position, argument in enumerate(arguments)
+        if (type := re.sub(r"Optional\[(\w+)\]", r"\1", str(argument.real_type))) in enumerations
+    ]
 
-    def run(values: Sequence[Any]) -> Any:
+    def run(given: Sequence[Any]) -> Any:
+        values = list(given)
+        for position, members in converted:
+            number = values[position]
+            if number is not None:
+                if number not in members:
+                    raise TypeError(f"no such {arguments[position].name}: {number!r}")
+                values[position] = members[number]
         result = function(*values[:positional], **dict(zip(keywords, values[positional:], strict=True)))
         return None if outputs else result
 
     return Kernel(name, len(arguments), run, outputs, written)
+
+
+def _enumerations(torch: Any) -> dict[str, dict[int, Any]]:
+    """torch's enumerations by their C++ names, and what ExecuTorch's numbers stand for."""
+    formats = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+    return {
+        "ScalarType": {number: getattr(torch, name) for number, (name, _) in DTYPES.items()},
+        "Layout": {0: torch.strided},
+        "MemoryFormat": {number: getattr(torch, name) for number, name in enumerate(formats)},
+        "Device": {},
+    }
 
 
 def failed(name: str, error: Exception) -> TorchVkError:
