@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
 from torchvk.ops.operator import (
     Arg,
@@ -29,6 +30,9 @@ from torchvk.ops.rounding import round_to_half
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 MAX_BATCH_RANK = 6
+
+# lavapipe ends loops, silently, after 65535 iterations of all loops of a workgroup together.
+MAX_CPU_K = 200_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
 
 
 def _choose_lanes(product: Product, capabilities: Capabilities, name: str) -> Choice:
+    if product.k > MAX_CPU_K:
+        raise UnsupportedError(f"a matrix product over K = {product.k}: CPU devices take at most {MAX_CPU_K}")
     lanes = capabilities.subgroup_size
     if product.m == 1:
         rows, suffix = 1, ""
