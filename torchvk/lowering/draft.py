@@ -127,7 +127,10 @@ def decode_attributes(op: str, attributes: Any) -> Any:
         operator = ops.get(op)
     except FormatError:
         raise Refused(f"operator {op!r} is not part of this torchvk") from None
-    return msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
+    try:
+        return msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
+    except msgspec.ValidationError as error:
+        raise Refused(f"operator {op!r} has no such attributes: {error}") from None
 
 
 def constant(array: Array, name: str = "", dtype: DType | None = None) -> Value:

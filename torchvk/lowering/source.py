@@ -87,7 +87,8 @@ def operator_name(node: Node) -> str:
 
 def overload(node: Node) -> Any:
     """The torch operator behind an edge operator."""
-    return getattr(node.target, "_op", node.target)
+    target: Any = node.target
+    return target if isinstance(target, torch._ops.OpOverload) else getattr(target, "_op", target)
 
 
 def module_path(node: Node) -> str:

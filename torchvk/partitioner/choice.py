@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from torchvk.errors import ArgumentTypeError
@@ -69,7 +70,7 @@ def _operators(parameter: str, entries: Iterable[Any] | None) -> frozenset[str] 
 def _name(parameter: str, entry: Any) -> str:
     if isinstance(entry, str):
         return entry.replace("::", ".")
-    target = getattr(entry, "_op", entry)
+    target = entry if isinstance(entry, torch._ops.OpOverload) else getattr(entry, "_op", entry)
     schema = getattr(target, "_schema", None)
     if schema is not None:
         return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"

@@ -42,7 +42,7 @@ def _operand(rewriter: Rewriter, value: Value, flag: bool, call: Call) -> tuple[
     """The same matrices without the permutes and expands before them, and whether they are to be transposed."""
     base, shape, strides = strided(rewriter, value)
     if base is value:
-        return value, flag
+        return _unswapped(rewriter, value, flag, call)
     if all(size == 1 or stride == 0 for size, stride in zip(shape[:-2], strides[:-2], strict=True)):
         shape, strides = shape[-2:], strides[-2:]
     swapped = (*shape[:-2], shape[-1], shape[-2])
@@ -54,6 +54,21 @@ def _operand(rewriter: Rewriter, value: Value, flag: bool, call: Call) -> tuple[
     if is_dense(swapped, swapped_strides):
         return rewriter.reshape(base, swapped, call), not flag
     return value, flag
+
+
+def _unswapped(rewriter: Rewriter, value: Value, flag: bool, call: Call) -> tuple[Value, bool]:
+    """Matrices whose rows come from another place, and transposed on top (the keys of attention): move whole rows,
+    and leave the transposition to the product."""
+    view = rewriter.producer(value, "reshape")
+    moved = view.inputs[0] if view else value
+    permute = rewriter.producer(moved, "permute")
+    if moved is None or permute is None or permute.inputs[0] is None or moved.shape[-2:] != value.shape[-2:]:
+        return value, flag
+    *first, row, column = permute.attributes.dims
+    if row != len(moved.shape) - 1:
+        return value, flag
+    rows = rewriter.op("permute", *permute.inputs, like=permute, attributes={"dims": [*first, column, row]})
+    return rewriter.reshape(rows, (*value.shape[:-2], value.shape[-1], value.shape[-2]), call), not flag
 
 
 def _transposed(rewriter: Rewriter, weight: Value) -> Value | None:

@@ -205,9 +205,10 @@ def leaky_relu(t: Translator, self: Value, negative_slope: float = 0.01) -> Valu
 
 @translates("aten.elu.default")
 def elu(t: Translator, self: Value, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
-    if scale != 1 or input_scale != 1:
-        raise Refused(f"scale={scale} and input_scale={input_scale} are not supported, only 1 is")
-    return t.op("elu", self, alpha=float(alpha))
+    if input_scale != 1:
+        raise Refused(f"input_scale={input_scale} is not supported, only 1 is")
+    y = t.op("elu", self, alpha=float(alpha))
+    return y if scale == 1 else t.op("mul", y, t.scalar(scale, y.dtype))
 
 
 @translates("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")

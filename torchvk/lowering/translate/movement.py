@@ -138,8 +138,8 @@ def pad(t: Translator, self: Value, pad: Sequence[int], value: float = 0) -> Val
     pairs = [(0, 0)] * (rank - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
     for dim, (before, after) in enumerate(pairs):
         self = _slice(t, self, dim, max(-before, 0), self.shape[dim] - max(-after, 0))
-    padding = [[max(before, 0), max(after, 0)] for before, after in pairs]
-    if not any(map(any, padding)):
+    padding = [max(size, 0) for pair in pairs for size in pair]
+    if not any(padding):
         return self
     return t.op("pad", self, padding=padding, value=as_number(value, self.dtype))
 
