@@ -15,7 +15,7 @@ import torch
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass, ToOutVarPass
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
-from executorch.exir.schema import JumpFalseCall, MoveCall, TensorList
+from executorch.exir.schema import IntList, JumpFalseCall, MoveCall, TensorList
 from functorch.experimental.control_flow import map as torch_map
 from pte_files import BACKEND, Plan, affine_graph, call, delegate_call, tensor, write
 from torch import Tensor, nn
@@ -379,6 +379,30 @@ def test_delegate_between_cpu_operators(device: str | None) -> None:
             np.testing.assert_array_equal(np.asarray(difference), -(2 * A + 1) - 1)
 
 
+@pytest.mark.tier
+@pytest.mark.parametrize("device", ["reference", None])
+def test_exir_splits_a_model(device: str | None) -> None:
+    """GPU, CPU, GPU: what the partitioner leaves out runs with torch, whatever the caller comes with."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.Linear(8, 5)).eval()
+    partitioner = torchvk.VulkanPartitioner(operator_blocklist=["aten._softmax.default"])
+    lowered = to_edge_transform_and_lower(torch.export.export(module, (X,)), partitioner=[partitioner])
+    with torchvk.load(lowered.to_executorch(), device=device) as program:
+        (method,) = program.describe().methods
+        assert [dict(delegate.operators)["linear"] for delegate in method.delegates] == [1, 1]
+        assert dict(method.cpu_operators) == {"aten::_softmax.out": 1}
+        for x in (X, torch.flip(X, [0])):
+            # float32 sums of up to 8 terms of size 1, in another order.
+            torch.testing.assert_close(program(x), module(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(torch.from_numpy(program(x.numpy())), module(x), rtol=1e-5, atol=1e-6)
+        profile = program.profile(X)
+    where = "GPU" if device is None else "CPU"
+    assert {(row.operator, row.where, row.count) for row in profile.rows} == {
+        ("linear", where, 2),
+        ("aten::_softmax.out", "CPU", 1),
+    }
+
+
 def test_views_by_shared_memory_need_no_torch() -> None:
     """exir drops a view and places its tensor where the original is."""
     plan = mixed_plan(values=[tensor((3, 2), place=64)], outputs=(4, 2))
@@ -480,6 +504,17 @@ HOSTILE: dict[str, tuple[Plan, type[Exception], str]] = {
         "et_view",
     ),
     "vector as a condition": (Plan([tensor((2,), place=0)], [0], [0], [JumpFalseCall(0, 0)]), FormatError, "condition"),
+    "no such dtype": (  # torch itself looks it up in a table, far outside
+        Plan(
+            [tensor((2,), place=0), IntList([2]), 0, False, -127, tensor((), place=16)],
+            [0],
+            [5],
+            [call(0, 0, 1, 3, 4, 5, 5)],
+            [("aten::sum", "IntList_out")],
+        ),
+        FormatError,
+        "no such dtype: -127",
+    ),
     "wrong arguments": (
         Plan([tensor((2,), place=0), "two"], [0], [0], [call(0, 0, 1, 1, 0, 0)], [("aten::add", "out")]),
         TorchVkError,

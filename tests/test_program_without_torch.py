@@ -77,6 +77,38 @@ print(sorted(set(sys.modules) & {{"torch", "torchao", "executorch"}}))
     assert python(script, path) == "18.0 forward True\n[]\n"
 
 
+@pytest.mark.tier
+def test_a_quantized_model_lowered_elsewhere_runs(tmp_path: Path) -> None:
+    """The road's two ends: torch, torchao and executorch on this side of the file, none of them on the other."""
+    import torch
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.utils import unwrap_tensor_subclass
+
+    import torchvk
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).eval()
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)))
+    unwrap_tensor_subclass(model)
+    x = torch.randn(3, 64)
+    edge = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[torchvk.VulkanPartitioner()])
+    edge.to_executorch().save(str(tmp_path / "model.pte"))
+    np.save(tmp_path / "x.npy", x.numpy())
+    script = """
+import numpy as np, torchvk
+with torchvk.load(sys.argv[1]) as program:
+    np.save(sys.argv[3], program(np.load(sys.argv[2])))
+    print(dict(program.describe().methods[0].cpu_operators))
+"""
+    assert python(script, tmp_path / "model.pte", tmp_path / "x.npy", tmp_path / "y.npy") == "{}\n"
+    # The integer sums are exact. The hidden float32 values may differ in their last bits and then round to the
+    # neighbouring one of 255 steps: less than 1 % of the largest output.
+    y = model(x).detach().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), y, atol=0.01 * np.abs(y).max())
+
+
 def test_operators_that_need_torch_are_named(tmp_path: Path) -> None:
     values = [tensor((2,), place=0), 1, tensor((2,), place=16)]
     operators = [("aten::add", "out"), ("aten::neg", "out"), ("executorch_prim::add", "Scalar")]
