@@ -84,6 +84,8 @@ def quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
 
 
 def _quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    if x.shape[0] == 0:
+        return np.zeros(x.shape, np.int32), np.zeros((0, 1), np.float32), np.zeros((0, 1), np.int32)
     axis = 1 if scheme.per_token else None
     # NumPy's float16 arithmetic rounds after each operation, as torch's does.
     low = np.minimum(x.min(axis=axis, keepdims=True), x.dtype.type(0))

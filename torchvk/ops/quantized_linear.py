@@ -141,7 +141,7 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
         w = grouped.reshape(n, k).astype(x.dtype).astype(np.float32)
         rows = x.reshape(-1, k)
         scheme = attributes.scheme
-        if scheme is not None and len(rows):
+        if scheme is not None:
             q, row_scale, zero_point = quantize(rows, scheme)
             rows = ((q - zero_point).astype(np.float32) * row_scale).astype(x.dtype)
         y = rows.astype(np.float32) @ w.T
