@@ -196,7 +196,7 @@ def packed(header: Any, version: int = 1, magic: bytes = b"TORCHVK\0") -> bytes:
     return struct.pack("<8sII", magic, version, len(body)) + body
 
 
-EMPTY = {"tensors": [], "nodes": [], "inputs": [], "outputs": []}
+EMPTY: dict[str, Any] = {"tensors": [], "nodes": [], "inputs": [], "outputs": []}
 
 DAMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated"),

@@ -23,8 +23,8 @@ from torchvk.graph import DType, TensorType, to_bytes
 from torchvk.graph.build import GraphBuilder
 
 
-def load(*arguments: Any, **keywords: Any) -> torchvk.Program:
-    return torchvk.load(*arguments, device="reference", **keywords)
+def load(source: Any, **keywords: Any) -> torchvk.Program:
+    return torchvk.load(source, "reference", **keywords)
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_python_share_of_a_call_is_small() -> None:
     program(*inputs)
     session = program.method("forward")._sessions[0]
     results = session.run([X, X])
-    session.run = lambda arrays: results  # type: ignore[method-assign]
+    session.run = lambda inputs: results  # type: ignore[method-assign]
     calls = 0
 
     def count(frame: Any, event: str, argument: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import struct
 import subprocess
@@ -140,13 +139,25 @@ def test_sources(tmp_path: Path) -> None:
     path = tmp_path / "model.pte"
     path.write_bytes(data)
     manager = SimpleNamespace(buffer=data)
-    strided = memoryview(np.frombuffer(data + data, np.uint8).reshape(2, -1))[:1]
-    for source in (path, str(path), os.fspath(path), data, bytearray(data), memoryview(data), strided, manager):
+    array: Any = np.frombuffer(data, np.uint8)
+    for source in (path, str(path), data, bytearray(data), memoryview(data), array.reshape(2, -1), manager):
         program = torchvk.load(source, device="reference")
         assert program(X, X)[0].tolist() == [[3, 3, 3]] * 2
-    for wrong in (3, None, [data], np.frombuffer(data, np.uint8).tolist(), object()):
-        with pytest.raises(ArgumentTypeError, match="must be a path, bytes, or an ExecutorchProgramManager"):
-            torchvk.load(wrong)  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in (3, None, [data], object(), array[::2], memoryview(data)[::2], SimpleNamespace(buffer=data.hex())):
+        with pytest.raises(ArgumentTypeError, match=r"must be a path, .* or an ExecutorchProgramManager"):
+            torchvk.load(wrong)
+
+
+def test_a_callers_buffer_is_never_written() -> None:
+    """Not even by a program that writes into a constant behind a view of it."""
+    values = [tensor((2,), constant=1), schema.IntList([2]), 2, tensor((2,)), 1]
+    steps = [call(0, 0, 1, 3), call(1, 3, 3, 4, 3)]
+    plan = Plan(values, [], [3], steps, [("executorch_prim::et_view", "default"), ("aten::add_", "Tensor")])
+    data = bytearray(write(plan, constants=[np.ones(2, np.float32).tobytes()]))
+    before = bytes(data)
+    assert torchvk.load(data)().tolist() == [2, 2]
+    assert bytes(data) == before
 
 
 GOOD = delegate_file(affine_graph())

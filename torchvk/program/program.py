@@ -189,7 +189,7 @@ class Program:
             self._shared.closed = True
             methods, self._methods = self._methods, {}
             for method in methods.values():
-                method._interpreter = None
+                method._interpreter = method._direct = None
                 sessions, method._sessions = method._sessions, ()
                 for session in sessions:
                     session.close()

@@ -21,7 +21,8 @@ class HasBuffer(Protocol):
     def buffer(self) -> bytes: ...
 
 
-ProgramSource = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, HasBuffer]
+# Any object with the buffer protocol will do; typing.Buffer is newer than the oldest Python that is supported.
+ProgramSource = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, mmap.mmap, HasBuffer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,15 @@ def open_source(source: ProgramSource) -> Source:
     """
     if isinstance(source, (str, os.PathLike)):
         return Source(os.fspath(source), _map(Path(source)))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return Source("program", memoryview(source).cast("B"))
-    # The buffer of the manager's class itself is a property object, not bytes.
-    buffer: Any = getattr(source, "buffer", None)
-    if isinstance(buffer, (bytes, bytearray, memoryview)):
-        return Source("program", memoryview(buffer).cast("B"))
-    raise ArgumentTypeError(
-        f"source must be a path, bytes, or an ExecutorchProgramManager, not {type(source).__name__}; "
-        "call .to_executorch() on the result of to_edge_transform_and_lower first"
-    )
+    # ExecutorchProgramManager; the buffer of the class itself would be a property object, not bytes.
+    buffer: Any = getattr(source, "buffer", source)
+    try:
+        return Source("program", memoryview(buffer).cast("B").toreadonly())
+    except TypeError:
+        raise ArgumentTypeError(
+            f"source must be a path, (contiguous) bytes, or an ExecutorchProgramManager, not {type(source).__name__}; "
+            "call .to_executorch() on the result of to_edge_transform_and_lower first"
+        ) from None
 
 
 def _map(path: Path) -> memoryview:
