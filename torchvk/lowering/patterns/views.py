@@ -34,8 +34,6 @@ VIEW_OPERATORS: dict[str, _Apply] = {
     "dim_order_ops._to_dim_order_copy.default": lambda x, **_: x,
     "aten._to_copy.default": lambda x, **_: x,
 }
-# ATen programs, before exir makes copies of views.
-VIEW_OPERATORS |= {name.replace("_copy", ""): view for name, view in VIEW_OPERATORS.items() if "._to" not in name}
 
 
 @dataclass(frozen=True)

@@ -228,11 +228,8 @@ def masked_fill(t: Translator, self: Value, mask: Value, value: Operand) -> Valu
     "dim_order_ops._clone_dim_order.default",
     "aten.clone.default",
     "aten.alias_copy.default",
-    "aten.alias.default",
-    "aten.detach.default",
     "aten.detach_copy.default",
     "aten.lift_fresh_copy.default",
-    "aten.contiguous.default",
 )
 def to(
     t: Translator,

@@ -11,19 +11,11 @@ from torchvk.lowering.translate.registry import Translator, as_number, dim_of, r
 # All that only give the same elements in the same order another shape.
 VIEWS = (
     "aten.view_copy.default",
-    "aten.view.default",
     "aten._unsafe_view.default",
-    "aten.reshape.default",
     "aten.unsqueeze_copy.default",
-    "aten.unsqueeze.default",
     "aten.squeeze_copy.default",
     "aten.squeeze_copy.dim",
     "aten.squeeze_copy.dims",
-    "aten.squeeze.default",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
 )
 
 
@@ -34,12 +26,12 @@ def view(t: Translator, self: Value) -> Value:
 register(view, *VIEWS)
 
 
-@translates("aten.permute_copy.default", "aten.permute.default")
+@translates("aten.permute_copy.default")
 def permute(t: Translator, self: Value, dims: Sequence[int]) -> Value:
     return t.op("permute", self, dims=[dim_of(dim, len(self.shape)) for dim in dims]) if self.shape else self
 
 
-@translates("aten.transpose_copy.int", "aten.transpose.int")
+@translates("aten.transpose_copy.int")
 def transpose(t: Translator, self: Value, dim0: int, dim1: int) -> Value:
     dims = list(range(len(self.shape)))
     if not dims:
@@ -49,17 +41,17 @@ def transpose(t: Translator, self: Value, dim0: int, dim1: int) -> Value:
     return t.op("permute", self, dims=dims)
 
 
-@translates("aten.t_copy.default", "aten.t.default")
+@translates("aten.t_copy.default")
 def matrix_transpose(t: Translator, self: Value) -> Value:
     return t.op("permute", self, dims=[1, 0]) if len(self.shape) == 2 else self
 
 
-@translates("aten.expand_copy.default", "aten.expand.default")
+@translates("aten.expand_copy.default")
 def expand(t: Translator, self: Value) -> Value:
     return t.expand(self, t.out.shape)
 
 
-@translates("aten.slice_copy.Tensor", "aten.slice.Tensor")
+@translates("aten.slice_copy.Tensor")
 def slice_(
     t: Translator, self: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Value:
@@ -74,19 +66,19 @@ def _slice(t: Translator, x: Value, dim: int, start: int, end: int, step: int = 
     return t.op("slice", x, dim=dim, start=start, end=end, step=step)
 
 
-@translates("aten.select_copy.int", "aten.select.int")
+@translates("aten.select_copy.int")
 def select(t: Translator, self: Value, dim: int, index: int) -> Value:
     dim = dim_of(dim, len(self.shape))
     return t.op("select", self, dim=dim, index=index % self.shape[dim])
 
 
-@translates("aten.unbind_copy.int", "aten.unbind.int")
+@translates("aten.unbind_copy.int")
 def unbind(t: Translator, self: Value, dim: int = 0) -> tuple[Value, ...]:
     dim = dim_of(dim, len(self.shape))
     return tuple(t.op("select", self, dim=dim, index=index) for index in range(self.shape[dim]))
 
 
-@translates("aten.split_with_sizes_copy.default", "aten.split_with_sizes.default")
+@translates("aten.split_with_sizes_copy.default")
 def split_with_sizes(t: Translator, self: Value, split_sizes: Sequence[int], dim: int = 0) -> tuple[Value, ...]:
     dim = dim_of(dim, len(self.shape))
     parts, start = [], 0
@@ -96,7 +88,7 @@ def split_with_sizes(t: Translator, self: Value, split_sizes: Sequence[int], dim
     return tuple(parts)
 
 
-@translates("aten.split_copy.Tensor", "aten.split.Tensor")
+@translates("aten.split_copy.Tensor")
 def split(t: Translator, self: Value, split_size: int, dim: int = 0) -> tuple[Value, ...]:
     total = self.shape[dim_of(dim, len(self.shape))]
     if split_size == 0 or total == 0:

@@ -85,13 +85,6 @@ def var(t: Translator, self: Value, dim: Dims = None, correction: float | None =
     return t.op("div", total, t.scalar(left, total.dtype))
 
 
-@translates("aten.var_mean.correction")
-def var_mean(
-    t: Translator, self: Value, dim: Dims = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Value, Value]:
-    return var(t, self, dim, correction, keepdim), _reduce(t, "mean", self, dim, keepdim)
-
-
 @translates("aten.cumsum.default")
 def cumsum(t: Translator, self: Value, dim: int, dtype: torch.dtype | None = None) -> Value:
     default = self.dtype if self.dtype.is_float else DType.INT64
