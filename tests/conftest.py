@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 # A machine without the layers (a borrowed GPU, say) may say TORCHVK_VALIDATION=0.
@@ -39,3 +41,33 @@ def own_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     gc.collect()
     assert device.allocator.usage() == (0, 0)
     device.close()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random numbers; the seed is printed if the test fails."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=["cpu", "cpu without shuffles", "gpu", "gpu of tier 0"])
+def device_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernel choice as on other devices; all of them run on the device that is there."""
+    from torchvk.ops import Capabilities
+    from torchvk.runtime.device import PhysicalDevice
+
+    kind = str(request.param)
+    real = PhysicalDevice.capabilities
+    changes: dict[str, dict[str, Any]] = {
+        "cpu": {},
+        "cpu without shuffles": {"shuffle": False},
+        "gpu": {"kind": "discrete"},
+        "gpu of tier 0": {"kind": "integrated", "tier": 0},
+    }
+
+    def capabilities(self: PhysicalDevice, max_tier: int | None = None) -> Capabilities:
+        return dataclasses.replace(real(self, max_tier), **changes[kind])
+
+    monkeypatch.setattr(PhysicalDevice, "capabilities", capabilities)
+    return kind

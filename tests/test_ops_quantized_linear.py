@@ -1,18 +1,17 @@
-"""quantized_linear: against float64, against the eager torchao and PT2E modules, and its choice of kernels."""
+"""quantized_linear on the device: against float64, and against the eager torchao and PT2E modules."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness import check_plan, one_node_graph, run_graph, run_op
+from harness import check_plan, run_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spirv import contract_errors
+from quantized import DTYPES, OPERATOR, attributes, capabilities
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_api import (
     Int8DynamicActivationIntxWeightConfig,
@@ -20,27 +19,13 @@ from torchao.quantization.quant_api import (
     quantize_,
 )
 
-from torchvk import ops
-from torchvk.graph import DType, TensorType, unpack_int4
+from torchvk.graph import DType, TensorType
 from torchvk.graph.build import GraphBuilder
-from torchvk.ops import Capabilities, OperatorError
 from torchvk.ops.quantization import quantize
-from torchvk.ops.quantized_linear import UNIT, Packing, QuantizedLinearAttributes, choose
-from torchvk.runtime.device import PhysicalDevice, open_device
-from torchvk.runtime.device import max_tier as tier_cap
 from torchvk.runtime.plan import make_plan
 
 Array = np.ndarray[Any, Any]
-OPERATOR = ops.get("quantized_linear")
-DTYPES = (np.float32, np.float16)
 EPSILON = {np.float32: 2.0**-24, np.float16: 2.0**-11}  # half a unit in the last place, of 1
-
-
-def attributes(group_size: int, activation: str = "none", dtype: Any = np.float32, **more: Any) -> Any:
-    """With torchao's default eps, as the lowering gives it."""
-    return QuantizedLinearAttributes(
-        **{"group_size": group_size, "activation": activation, "eps": float(np.finfo(dtype).tiny), **more}
-    )
 
 
 def operands(
@@ -97,33 +82,6 @@ def check(chosen: Any, inputs: list[Array | None], bits: int, **options: Any) ->
     assert result.shape == y.shape
     assert np.all(np.abs(result - y) <= bound), np.max(np.abs(result - y) / bound)
     return result
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
-    request.node.user_properties.append(("seed", seed))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(params=["cpu", "cpu without subgroup operations", "gpu", "gpu of tier 0"])
-def device_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Kernel choice as on other devices; all of them run on the device that is there."""
-    kind = str(request.param)
-    real = PhysicalDevice.capabilities
-    changes: dict[str, dict[str, Any]] = {
-        "cpu": {},
-        "cpu without subgroup operations": {"shuffle": False},
-        "gpu": {"kind": "discrete"},
-        "gpu of tier 0": {"kind": "integrated", "tier": 0},
-    }
-
-    def capabilities(self: PhysicalDevice, max_tier: int | None = None) -> Capabilities:
-        return dataclasses.replace(real(self, max_tier), **changes[kind])
-
-    monkeypatch.setattr(PhysicalDevice, "capabilities", capabilities)
-    return kind
 
 
 # The operator on the device
@@ -256,150 +214,6 @@ def test_layers_with_one_input_quantize_it_once(activation: str, rng: np.random.
         assert np.ptp(y, axis=1).max() == 0  # all output channels are alike
 
 
-# Quantized activations
-
-
-@dataclasses.dataclass(frozen=True)
-class Exposed:
-    """Attributes of the operator that shows what the quantization of activations leaves in scratch memory."""
-
-    linear: QuantizedLinearAttributes
-    floats: bool
-
-
-@pytest.fixture
-def exposed(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An operator x, weight → integers (int8, or float32 less the zero points), scale and zero point a row."""
-
-    def infer(chosen: Exposed, inputs: Any) -> tuple[TensorType, ...]:
-        x, weight = inputs
-        columns = Packing.of(weight, chosen.linear.group_size).columns
-        m = x.numel // x.shape[-1]
-        data = DType.FLOAT32 if chosen.floats else DType.INT8
-        return TensorType(data, (m, columns)), TensorType(DType.INT32, (m, 2))
-
-    def kernels(chosen: Exposed, inputs: Any, outputs: Any, capabilities: Capabilities) -> ops.Kernels:
-        scale = TensorType(DType.FLOAT32, (inputs[1].shape[0], inputs[1].shape[1] // chosen.linear.group_size))
-        linear = OPERATOR.kernels(
-            chosen.linear, [*inputs, scale], OPERATOR.infer(chosen.linear, [*inputs, scale]), capabilities
-        )
-        dispatches = [d for d in linear.dispatches if d.kernel.startswith("quantize_")]
-        shown = []
-        for dispatch in dispatches:
-            buffers = tuple(
-                dataclasses.replace(arg, role="output") if arg.role == "scratch" and arg.index < 2 else arg
-                for arg in dispatch.buffers
-            )
-            shown.append(dataclasses.replace(dispatch, buffers=buffers))
-        return ops.Kernels(tuple(shown), linear.scratch)
-
-    operator = ops.Operator(
-        "exposed_quantization", "", infer, lambda chosen, inputs: (), kernels, Exposed, constant_inputs=frozenset({1})
-    )
-    monkeypatch.setitem(ops.operator._registry, operator.name, operator)
-    return operator.name
-
-
-def torch_quantized(x: torch.Tensor, chosen: QuantizedLinearAttributes) -> tuple[Array, Array, Array]:
-    """Integers, scales and zero points by torchao's and PT2E's own operators."""
-    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
-
-    low, high = chosen.quant_min, chosen.quant_max
-    per_token = chosen.activation == "dynamic_per_token"
-    decomposed = torch.ops.quantized_decomposed
-    if chosen.qparams == "torchao":
-        mapping = MappingType.SYMMETRIC if chosen.symmetric else MappingType.ASYMMETRIC
-        block = (1, x.shape[1]) if per_token else tuple(x.shape)
-        given = {"quant_min": low, "quant_max": high}
-        scale, zero = choose_qparams_affine(x, mapping, block, torch.int8, eps=chosen.eps, **given)
-        q = quantize_affine(x, block, scale, zero, torch.int8, low, high)
-    elif per_token:
-        name = "choose_qparams_per_token" if chosen.symmetric else "choose_qparams_per_token_asymmetric"
-        scale, zero = getattr(decomposed, name)(x, torch.int8)
-        q = decomposed.quantize_per_token(x, scale, zero, low, high, torch.int8)
-    else:
-        name = "choose_qparams_symmetric" if chosen.symmetric else "choose_qparams"
-        scale, zero = getattr(decomposed, name).tensor(x, low, high, chosen.eps, torch.int8)
-        q = decomposed.quantize_per_tensor.tensor(x, scale, zero, low, high, torch.int8)
-    rows = (len(x), 1)
-    scale = scale.double().reshape(-1, 1).numpy()
-    return (
-        q.int().numpy(),
-        np.broadcast_to(scale, rows).astype(np.float32),
-        np.broadcast_to(zero.int().reshape(-1, 1).numpy(), rows),
-    )
-
-
-def formulas(dtype: Any) -> list[QuantizedLinearAttributes]:
-    """Every formula, with the eps that its own library uses."""
-    found = []
-    for activation, symmetric, (low, high) in itertools.product(
-        ("dynamic_per_token", "dynamic_per_tensor"), (False, True), ((-128, 127), (-127, 127), (-8, 119))
-    ):
-        common: dict[str, Any] = {"activation": activation, "symmetric": symmetric, "quant_min": low, "quant_max": high}
-        found.append(attributes(1, dtype=dtype, **common))
-        if activation == "dynamic_per_tensor":
-            found.append(attributes(1, **{**common, "eps": 2.0**-23, "qparams": "pt2e"}))
-        elif (low, high) == (-128, 127):
-            eps = 1e-5 if symmetric else 2.0**-23
-            found.append(attributes(1, **{**common, "eps": eps, "qparams": "pt2e"}))
-    return found
-
-
-def difficult_rows(rng: np.random.Generator, dtype: Any, k: int) -> Array:
-    """Rows of many magnitudes, of one sign, of integers, of ties, of zeros, of very small and large numbers."""
-    rows = [rng.standard_normal(k) * 10.0 ** rng.uniform(-3, 3) for _ in range(12)]
-    rows += [np.abs(rows[0]), -np.abs(rows[1]), np.zeros(k), rng.integers(-300, 300, k)]
-    # Scales 1 and 0.5 exactly, and values halfway between two integers of that.
-    ties = rng.integers(0, 510, k) / 2
-    ties[0], ties[-1] = 0, 255
-    rows += [ties, ties - 100, -ties / 2]
-    rows += [rng.standard_normal(k) * 1e-7, rng.standard_normal(k) * (5e3 if dtype is np.float16 else 1e30)]
-    rows.append(np.clip(rng.standard_normal(k) ** 9 + 0.01, -3e4, 3e4))
-    return np.array(rows).astype(dtype)
-
-
-def test_the_reference_quantizes_as_torch_does(rng: np.random.Generator) -> None:
-    for dtype in DTYPES:
-        for chosen in formulas(dtype):
-            scheme = chosen.scheme
-            assert scheme is not None
-            x = difficult_rows(rng, dtype, 61)
-            if not scheme.per_token:
-                x = x[rng.permutation(len(x))[:3]]
-            for mine, theirs in zip(quantize(x, scheme), torch_quantized(torch.from_numpy(x), chosen), strict=True):
-                assert np.array_equal(mine, theirs), chosen
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_device_quantizes_as_torch_does(
-    dtype: Any, exposed: str, device_kind: str, rng: np.random.Generator
-) -> None:
-    """Integers, scales and zero points, bit for bit; but for ties that PT2E's float64 per token breaks at random."""
-    for chosen, k in zip(formulas(dtype), itertools.cycle([64, 61, 300, 3]), strict=False):
-        scheme = chosen.scheme
-        assert scheme is not None
-        x = difficult_rows(rng, dtype, k)
-        if not scheme.per_token:
-            x = x[rng.permutation(len(x))[: rng.integers(1, 12)]]
-        linear = dataclasses.replace(chosen, group_size=k)
-        device = open_device().physical.capabilities(tier_cap())
-        packing = Packing.of(TensorType(DType.INT8, (1, k)), k)
-        floats = choose(len(x), packing, True, device).texels
-        data, parameters = run_op(exposed, Exposed(linear, floats), [x, np.zeros((1, k), np.int8)])
-        q, scale, zero_point = torch_quantized(torch.from_numpy(x), chosen)
-        assert np.array_equal(parameters[:, 1:], zero_point), chosen
-        assert np.array_equal(parameters[:, :1].copy().view(np.float32), scale), chosen
-        found = data[:, :k] + (zero_point if floats else 0)
-        different = found != q
-        if scheme.formula == 2 and not scheme.symmetric:
-            position = np.abs(x.astype(np.float64) / scale % 1 - 0.5)
-            assert np.all(position[different] < 2.0**-24), chosen
-        else:
-            assert not different.any(), (chosen, x[different], scale[different.any(axis=1)])
-        assert np.all(data[:, k:] == 0) or not floats
-
-
 # Against eager modules
 
 
@@ -477,178 +291,3 @@ def test_pt2e_formulas(symmetric: bool, bits: int, rng: np.random.Generator) -> 
     bound = 2 * (k + 6) * EPSILON[np.float32] * (np.abs(back.numpy()) @ np.abs(w.numpy()).T + np.abs(bias))
     assert np.all(np.abs(result - theirs) <= bound)
     assert np.all(np.abs(reference - theirs) <= bound)
-
-
-# Rules, layouts, choice of kernels: no device
-
-
-def types(x: Any, weight: Any, scale: Any, bias: Any = None) -> list[TensorType | None]:
-    return [
-        None if value is None else TensorType(DType(value[0]), tuple(value[1])) for value in (x, weight, scale, bias)
-    ]
-
-
-GOOD: dict[str, Any] = {
-    "x": ("float32", (2, 64)),
-    "weight": ("int4", (5, 64)),
-    "scale": ("float32", (5, 2)),
-    "bias": ("float32", (5,)),
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "chosen", "words"),
-    [
-        ({"x": ("int32", (2, 64))}, {}, "x must be float32 or float16"),
-        ({"x": ("float32", ())}, {}, "of rank 1 or more"),
-        ({"x": ("float32", (2, 63))}, {}, "x has 63 columns"),
-        ({"weight": ("uint8", (5, 64))}, {}, "int4 or int8"),
-        ({"weight": ("int8", (64,))}, {}, "of rank 2"),
-        ({"weight": None}, {}, "must be there"),
-        (
-            {"x": ("float32", (2, 0)), "weight": ("int8", (5, 0)), "scale": ("float32", (5, 0))},
-            {},
-            "at least one input",
-        ),
-        ({"scale": ("float32", (5, 4))}, {}, r"float32 or float16 \[5, 2\]"),
-        ({"scale": ("int8", (5, 2))}, {}, "the scale must be"),
-        ({"bias": ("float32", (4,))}, {}, "the bias must be"),
-        ({"bias": ("float16", (5,))}, {}, "the bias must be"),
-        ({}, {"group_size": 48}, "48 does not divide the 64"),
-        ({}, {"group_size": 0}, "0 does not divide"),
-        ({}, {"activation": "dynamic_per_token", "quant_max": 255}, "are not int8"),
-        ({}, {"activation": "dynamic_per_token", "quant_min": 5, "quant_max": 5}, "are not int8"),
-        ({}, {"activation": "dynamic_per_token", "eps": float("nan")}, "eps must be"),
-    ],
-)
-def test_operands_that_make_no_sense(changes: dict[str, Any], chosen: dict[str, Any], words: str) -> None:
-    assert OPERATOR.infer(attributes(32), types(**GOOD)) == (TensorType(DType.FLOAT32, (2, 5)),)
-    with pytest.raises(OperatorError, match=words):
-        OPERATOR.infer(attributes(**{"group_size": 32, **chosen}), types(**{**GOOD, **changes}))
-
-
-def test_operands_count() -> None:
-    with pytest.raises(OperatorError, match="2 operands were given"):
-        OPERATOR.infer(attributes(32), types(**GOOD)[:2])
-
-
-def test_sizes_that_are_not_supported() -> None:
-    k = (1 << 16) + 32
-    wide = types(("float32", (1, k)), ("int4", (1, k)), ("float32", (1, 1)))
-    assert "overflow int32" in str(ops.supports("quantized_linear", attributes(k, "dynamic_per_token"), wide))
-    assert ops.supports("quantized_linear", attributes(k), wide) is None
-    tall = types(("float32", (1 << 20, 4096)), ("int8", (1, 4096)), ("float32", (1, 1)))
-    assert "elements" in str(ops.supports("quantized_linear", attributes(4096), tall))
-
-
-@pytest.mark.parametrize(("k", "group"), [(64, 32), (97, 97), (48, 16), (240, 24), (20, 5), (7, 1), (256, 256)])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights_hold_every_weight(k: int, group: int, bits: int, rng: np.random.Generator) -> None:
-    """Unpacked by the words that describe the layout, not by its inverse."""
-    top = 1 << (bits - 1)
-    weight = rng.integers(-top, top, (3, k)).astype(np.int8)
-    packing = Packing.of(TensorType(DType(f"int{bits}"), (3, k)), group)
-    packed = packing.pack(weight).reshape(-1).view(np.uint8)
-    assert packed.nbytes == packing.nbytes == 3 * packing.columns * bits // 8
-    assert packing.columns % UNIT == 0
-    assert packing.columns >= packing.groups * packing.pitch
-    if packing.groups > 1:
-        assert packing.pitch == 16 or packing.pitch % UNIT == 0
-    rows = packed.reshape(3, packing.columns // UNIT, -1)
-    found = np.zeros((3, packing.columns), np.int8)
-    for column in range(packing.columns):
-        unit, within = divmod(column, UNIT)
-        if bits == 8:
-            found[:, column] = rows[:, unit, within].view(np.int8)
-        else:
-            word, place = divmod(within, 8)
-            byte = rows[:, unit, 4 * word + place % 4]
-            found[:, column] = (byte << (0 if place >= 4 else 4)).view(np.int8) >> 4
-    expected = np.zeros_like(found)
-    for column in range(k):
-        expected[:, column // group * packing.pitch + column % group] = weight[:, column]
-    assert np.array_equal(found, expected)
-    layout = packing.layout
-    assert (layout is None) == (bits == 8 and k == packing.columns)
-
-
-def test_four_bits_stay_four_bits() -> None:
-    packing = Packing.of(TensorType(DType.INT4, (1024, 1024)), 32)
-    assert packing.nbytes == 1024 * 1024 // 2
-    assert unpack_int4(np.array([0xF8], np.uint8), (1, 2)).tolist() == [[-8, -1]]
-
-
-def capabilities(**changes: Any) -> Capabilities:
-    usual: dict[str, Any] = {
-        "tier": 1,
-        "kind": "cpu",
-        "subgroup_size": 8,
-        "max_workgroup_invocations": 1024,
-        "max_workgroup_size": (1024, 1024, 64),
-        "max_workgroup_count": (65535, 65535, 65535),
-        "shared_memory": 32768,
-        "max_storage_range": 1 << 27,
-        "shuffle": True,
-        "max_texels": 1 << 27,
-    }
-    return Capabilities(**{**usual, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "kernels"),
-    [
-        (
-            {},
-            [
-                "quantized_linear_lanes_1_broadcast",
-                "quantized_linear_lanes_4_broadcast",
-                "quantized_linear_lanes_8_broadcast",
-            ],
-        ),
-        ({"shuffle": False}, ["quantized_linear_lanes_1", "quantized_linear_lanes_4", "quantized_linear_lanes_8"]),
-        ({"tier": 0}, ["quantized_gemv", "quantized_gemv", "quantized_gemm_integer"]),
-        ({"subgroup_size": 4}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"max_texels": 1000}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"kind": "discrete"}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"kind": "integrated", "tier": 2}, ["quantized_gemv_subgroup"] * 2 + ["quantized_gemm_integer"]),
-    ],
-)
-def test_the_kernel_follows_the_device(changes: dict[str, Any], kernels: list[str]) -> None:
-    packing = Packing.of(TensorType(DType.INT4, (1024, 1024)), 32)
-    device = capabilities(**changes)
-    assert [choose(m, packing, True, device).kernel for m in (1, 3, 32)] == kernels
-
-
-@pytest.mark.parametrize("tier", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["cpu", "discrete"])
-@pytest.mark.parametrize("invocations", [128, 1024])
-def test_dispatches_keep_the_contract(tier: int, kind: Any, invocations: int) -> None:
-    """Interfaces as in the SPIR-V, every row and column covered, limits kept: for devices that are not there."""
-    device = capabilities(tier=tier, kind=kind, max_workgroup_invocations=invocations, max_workgroup_count=(50, 50, 50))
-    for m, n, k, group, bits, dtype, activation in itertools.product(
-        (1, 4, 40), (1, 31), (97, 128), (None, 32), (4, 8), ("float32", "float16"), ("none", "dynamic_per_tensor")
-    ):
-        size = group if group and k % group == 0 else k
-        given = types((dtype, (m, k)), (f"int{bits}", (n, k)), (dtype, (n, k // size)), (dtype, (n,)))
-        chosen = attributes(size, activation)
-        outputs = OPERATOR.infer(chosen, given)
-        for dispatch in OPERATOR.kernels(chosen, given, outputs, device).dispatches:
-            assert contract_errors(dispatch, device) == []
-            assert all(count <= 50 for count in dispatch.groups)
-            assert dispatch.constants[0] <= invocations
-            assert len(dispatch.push) <= 128
-        choice = choose(m, Packing.of(given[1], size), activation != "none", device)  # type: ignore[arg-type]
-        tiles = -(-m // choice.tile_m) * -(-n // choice.tile_n)
-        assert np.prod(OPERATOR.kernels(chosen, given, outputs, device).dispatches[-1].groups) >= min(tiles, 1)
-
-
-def test_int4_constants_are_given_packed() -> None:
-    """The graph that the harness builds holds half a byte a weight, and so does the device."""
-    weight = np.zeros((16, 64), np.int8)
-    graph, _ = one_node_graph(
-        "quantized_linear",
-        attributes(32),
-        [np.zeros((1, 64), np.float32), weight, np.zeros((16, 2), np.float32)],
-        int4={1},
-    )
-    assert [t.data.size for t in graph.tensors if t.dtype is DType.INT4 and t.data is not None] == [16 * 32]
