@@ -78,8 +78,6 @@ class GraphBuilder:
             if tensors[index].role is Role.TEMPORARY:
                 tensors[index] = replace(tensors[index], role=Role.OUTPUT)
         blob: np.ndarray[Any, Any] = np.concatenate([np.zeros(0, np.uint8), *self._chunks])
-        graph = Graph(
-            tuple(tensors), tuple(self.nodes), tuple(self._inputs), tuple(outputs), blob.data.toreadonly()
-        )
+        graph = Graph(tuple(tensors), tuple(self.nodes), tuple(self._inputs), tuple(outputs), blob.data.toreadonly())
         graph.validate()
         return graph
