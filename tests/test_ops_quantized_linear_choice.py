@@ -191,7 +191,7 @@ def test_texels_have_limits() -> None:
 
 def test_plans_refuse_more_texels_than_the_device_binds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvk.ops.quantized_linear.reads_texels", lambda *_: True)
-    inputs = [np.zeros((1, 64), np.float32), np.zeros((16, 64), np.int8), np.zeros((16, 2), np.float32)]
+    inputs: list[Any] = [np.zeros((1, 64), np.float32), np.zeros((16, 64), np.int8), np.zeros((16, 2), np.float32)]
     graph, _ = one_node_graph("quantized_linear", attributes(32), inputs)
     with pytest.raises(UnsupportedError, match=r"reads 1,024 bytes as texels.* at most 1,008"):
         make_plan(graph, capabilities(max_texels=63))
