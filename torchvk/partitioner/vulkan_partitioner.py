@@ -19,6 +19,7 @@ from torchvk.lowering.backend import TorchVkBackend
 from torchvk.lowering.options import CompileOptions
 from torchvk.lowering.source import Source
 from torchvk.partitioner.choice import Choice
+from torchvk.partitioner.out_variants import declare_out_variants
 from torchvk.partitioner.report import Refusal, refusals
 from torchvk.partitioner.stages import partitions
 
@@ -92,6 +93,7 @@ class VulkanPartitioner(Partitioner):  # type: ignore[misc]  # executorch is unt
             for node in group:
                 node.meta["delegation_tag"] = tag
         tag_constant_data(exported_program)
+        declare_out_variants(analysis.refused)
         new = refusals(source, analysis)
         for refusal in new:
             _log.info("%s", refusal)

@@ -30,6 +30,7 @@ PER_TOKEN_CHOOSE = {
 # dequantize → the quantize that belongs to it
 QUANTIZE = {
     "torchao.dequantize_affine.default": "torchao.quantize_affine.default",
+    "quantized_decomposed.dequantize_per_tensor.default": "quantized_decomposed.quantize_per_tensor.default",
     "quantized_decomposed.dequantize_per_tensor.tensor": "quantized_decomposed.quantize_per_tensor.tensor",
     "quantized_decomposed.dequantize_per_token.default": "quantized_decomposed.quantize_per_token.default",
 }
@@ -44,6 +45,19 @@ class QuantizedActivation:
     x: Node
     attributes: Mapping[str, Any]
     nodes: tuple[Node, ...]
+
+
+def quantization(dequantize: Node) -> set[Node]:
+    """``dequantize`` and all that only serves it: what quantizes, and chooses scales and zero points."""
+    found: set[Node] = set()
+    nodes = [dequantize]
+    while nodes:
+        node = nodes.pop()
+        maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if maker.op == "call_function" and operator_name(maker).startswith(("torchao.", "quantized_decomposed.")):
+            found.add(node)
+            nodes.extend(node.all_input_nodes)
+    return found
 
 
 def read_activation(dequantize: Node) -> QuantizedActivation:

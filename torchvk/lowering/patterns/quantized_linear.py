@@ -10,7 +10,12 @@ from torch.fx import Node
 
 from torchvk.graph import DType
 from torchvk.lowering.draft import Draft, Value
-from torchvk.lowering.patterns.activations import DEQUANTIZE_ACTIVATION, QuantizedActivation, read_activation
+from torchvk.lowering.patterns.activations import (
+    DEQUANTIZE_ACTIVATION,
+    QuantizedActivation,
+    quantization,
+    read_activation,
+)
 from torchvk.lowering.patterns.match import Match, Values
 from torchvk.lowering.patterns.views import View, base_of, trace
 from torchvk.lowering.patterns.weights import DEQUANTIZE, QuantizedWeight, check_weight, read_weight, weight_values
@@ -70,7 +75,7 @@ def match(node: Node, source: Source) -> Match | None:
 
 
 def chain(node: Node) -> frozenset[Node]:
-    """The dequantize nodes, and the views behind them, that a product reads: empty if nothing is quantized."""
+    """The quantization and the views behind it that a product reads: empty if nothing is quantized."""
     x_name, weight_name, _, _ = PRODUCTS[operator_name(node)]
     given = arguments(node, lambda operand: operand)
     found: set[Node] = set()
@@ -80,7 +85,7 @@ def chain(node: Node) -> frozenset[Node]:
             while operand is not base:
                 found.add(operand)
                 operand = operand.all_input_nodes[0]
-            found.add(base)
+            found |= quantization(base)
     return frozenset(found)
 
 
