@@ -63,7 +63,7 @@ def inspect_edge(edge: EdgeProgramManager, partitioner: VulkanPartitioner | None
     graph_module = edge.exported_program().graph_module
     graphs, cpu = [], []
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and hasattr(getattr(graph_module, node.target), "processed_bytes"):
             graphs.append(from_bytes(getattr(graph_module, node.target).processed_bytes))
         elif node.op == "call_function" and node.target is not operator.getitem:
             name = getattr(node.target, "_name", str(node.target))

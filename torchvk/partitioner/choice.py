@@ -70,11 +70,12 @@ def _operators(parameter: str, entries: Iterable[Any] | None) -> frozenset[str] 
 def _name(parameter: str, entry: Any) -> str:
     if isinstance(entry, str):
         return entry.replace("::", ".")
-    target = entry if isinstance(entry, torch._ops.OpOverload) else getattr(entry, "_op", entry)
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
-    qualified = getattr(target, "_qualified_op_name", None)
+    qualified = getattr(entry, "_qualified_op_name", None)  # packets, of torch.ops and of the edge dialect
+    if not qualified:
+        target = entry if isinstance(entry, torch._ops.OpOverload) else getattr(entry, "_op", entry)
+        schema = getattr(target, "_schema", None)
+        if schema is not None:
+            qualified = f"{schema.name}.{schema.overload_name or 'default'}"
     if qualified is None:
         raise ArgumentTypeError(
             f"{parameter} holds {entry!r}: operators are given as overloads or packets of torch.ops or exir_ops.edge, "
