@@ -211,6 +211,8 @@ def test_methods_share_a_delegate() -> None:
         only(X, X)
     with pytest.raises(ArgumentError, match="no method other; there are forward, again"):
         load(write(delegate_plan(graph), delegate_plan(graph, "again")), methods=["other"])
+    with pytest.raises(ArgumentTypeError, match="methods must be a list of names, not the str 'again'"):
+        load(write(delegate_plan(graph)), methods="again")
 
 
 def test_unknown_device() -> None:

@@ -338,3 +338,11 @@ def test_generated_schema_is_current() -> None:
     command = [sys.executable, str(root / "tools" / "generate_pte_schema.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    path.touch()
+    with pytest.raises(FormatError) as caught:
+        torchvk.load(path)
+    assert str(caught.value) == f"{path}: the file is empty"

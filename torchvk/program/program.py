@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from torchvk.errors import ArgumentError, ClosedError, FormatError, UnsupportedError
+from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, FormatError, UnsupportedError
 from torchvk.graph import Graph, from_bytes
 from torchvk.program import operators
 from torchvk.program.arguments import Parameter, check_inputs, parameters
@@ -223,12 +223,14 @@ def load(
     FormatError             no such file; empty, truncated, damaged, or not a .pte file; a newer version
     UnsupportedError        a delegate of another backend; an operator nobody here can run; external data
     MissingDependencyError  operators that run on the CPU need torch (or torchao), which is not installed
-    ArgumentTypeError       ``source`` is none of the above
+    ArgumentTypeError       ``source`` is none of the above, ``methods`` is no list
     ArgumentError           no such device, no such method
     VulkanError             no loader, no driver, no device that is good enough
     OutOfMemoryError        the weights do not fit on the device
     ======================  ==========================================================================
     """
+    if isinstance(methods, str):
+        raise ArgumentTypeError(f"methods must be a list of names, not the str {methods!r}: [{methods!r}]")
     opened = open_source(source)
     with located(opened.name):
         file = decode(opened.view)

@@ -60,6 +60,8 @@ def _map(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
+    except FormatError:
+        raise
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
 

@@ -364,10 +364,10 @@ def choose(infos: Sequence[DeviceInfo], request: str | int | None) -> int:
     else:
         found = [info for info in infos if request.strip().lower() in info.name.lower() and request.strip()]
     if not found:
-        raise ArgumentError(f"no Vulkan device {request!r}; there are {there} (or device='reference' for NumPy)")
+        raise ArgumentError(f"no Vulkan device {request!r}; found {there} (or device='reference' for NumPy)")
     best = min(found, key=lambda info: (info.problem is not None, PREFERENCE.index(info.kind), info.index))
     if best.problem is not None:
-        raise VulkanError(f"device {best.name!r} cannot be used: {best.problem}; there are {there}")
+        raise VulkanError(f"device {best.name!r} cannot be used: {best.problem}; found {there}")
     return best.index
 
 
