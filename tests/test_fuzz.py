@@ -25,7 +25,7 @@ from torchvk import ops
 from torchvk.errors import FormatError, TorchVkError
 from torchvk.graph import DType, Graph, TensorType, from_bytes, to_bytes
 from torchvk.graph.build import GraphBuilder
-from torchvk.graph.serialize import align
+from torchvk.graph.serialize import frame
 from torchvk.program import describe, pte
 from torchvk.program.pte import TensorValue
 from torchvk.program.source import open_source
@@ -262,7 +262,7 @@ def edited(draw: st.DrawFn, graph: Graph) -> bytes:
     """The graph's bytes after one to three fields of its header were replaced, dropped, or swapped."""
     blob = to_bytes(graph)
     (size,) = struct.unpack_from("<I", blob, 12)
-    header = msgspec.msgpack.decode(blob[16 : 16 + size])
+    header = msgspec.msgpack.decode(blob[20 : 20 + size])
     for _ in range(draw(st.integers(1, 3))):
         *path, last = draw(st.sampled_from(places(header)))
         parent = header
@@ -283,8 +283,7 @@ def edited(draw: st.DrawFn, graph: Graph) -> bytes:
         body = msgspec.msgpack.encode(header)
     except OverflowError:  # an integer that MessagePack cannot hold cannot be in a file
         body = b""
-    prefix = blob[:12] + struct.pack("<I", len(body)) + body
-    return prefix + bytes(align(len(prefix)) - len(prefix)) + bytes(graph.constants)
+    return frame(body, graph.constants)
 
 
 def file_of(blob: bytes) -> bytes:

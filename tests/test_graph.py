@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from torchvk.graph import (
     unpack_int4,
 )
 from torchvk.graph.build import GraphBuilder
-from torchvk.graph.serialize import align
+from torchvk.graph.serialize import align, frame
 from torchvk.graph.validate import CONSTANT_ALIGNMENT
 
 F32 = DType.FLOAT32
@@ -192,8 +193,12 @@ def test_validate_takes_shared_and_constant_outputs() -> None:
 
 
 def packed(header: Any, version: int = 1, magic: bytes = b"TORCHVK\0") -> bytes:
-    body = msgspec.msgpack.encode(header)
-    return struct.pack("<8sII", magic, version, len(body)) + body
+    return frame(msgspec.msgpack.encode(header), memoryview(b""), version, magic)
+
+
+def reseal(blob: bytes | bytearray) -> bytes:
+    """``blob`` with the checksum that its bytes have, so that what stands behind the checksum is tested too."""
+    return bytes(blob[:16]) + struct.pack("<I", zlib.crc32(blob[20:])) + bytes(blob[20:])
 
 
 EMPTY: dict[str, Any] = {"tensors": [], "nodes": [], "inputs": [], "outputs": []}
@@ -203,9 +208,9 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "short": (b"TORCHVK\0\1", "truncated"),
     "other magic": (packed(EMPTY, magic=b"VK00\0\0\0\0"), "not a torchvk graph"),
     "newer version": (packed(EMPTY, version=2), "version 2; this torchvk reads version 1"),
-    "header longer than the file": (struct.pack("<8sII", b"TORCHVK\0", 1, 1 << 31), "truncated"),
-    "not MessagePack": (struct.pack("<8sII", b"TORCHVK\0", 1, 1) + b"\xc1", "damaged"),
-    "nesting": (struct.pack("<8sII", b"TORCHVK\0", 1, 100_000) + b"\x91" * 100_000, "damaged"),
+    "header longer than the file": (struct.pack("<8sIII", b"TORCHVK\0", 1, 1 << 31, 0), "truncated"),
+    "not MessagePack": (frame(b"\xc1", memoryview(b"")), "header is damaged"),
+    "nesting": (frame(b"\x91" * 100_000, memoryview(b"")), "header is damaged"),
     "missing field": (packed({"tensors": []}), "damaged"),
     "list instead of a table": (packed([1, 2, 3]), "damaged"),
     "unknown dtype": (packed({**EMPTY, "tensors": [{"name": "x", "dtype": "f8", "shape": [], "role": "input"}]}), "f8"),
@@ -213,7 +218,7 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
         packed({**EMPTY, "tensors": [{"name": "x", "dtype": "int8", "shape": [1.5], "role": "input"}]}),
         "damaged",
     ),
-    "a length that is not there": (struct.pack("<8sII", b"TORCHVK\0", 1, 5) + b"\xdd\xff\xff\xff\xff", "damaged"),
+    "a length that is not there": (frame(b"\xdd\xff\xff\xff\xff", memoryview(b"")), "header is damaged"),
 }
 
 
@@ -231,6 +236,16 @@ def test_every_truncation_is_refused() -> None:
             from_bytes(blob[:length])
 
 
+def test_a_flipped_bit_is_noticed_wherever_it_is() -> None:
+    blob = bytearray(to_bytes(small_graph()))
+    for position in range(len(blob)):
+        blob[position] ^= 1 << position % 8
+        with pytest.raises(FormatError):
+            from_bytes(blob)
+        blob[position] ^= 1 << position % 8
+    assert from_bytes(blob)
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_bytes_give_format_errors_only(data: st.DataObject) -> None:
@@ -238,7 +253,7 @@ def test_damaged_bytes_give_format_errors_only(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
     try:
-        graph = from_bytes(blob)
+        graph = from_bytes(reseal(blob))
     except FormatError:
         return
     graph.validate()

@@ -437,3 +437,27 @@ def test_functional_names() -> None:
     """torchvk.VulkanPartitioner is the documented class."""
     assert torchvk.VulkanPartitioner is VulkanPartitioner
     assert F is torch.nn.functional
+
+
+class Keeps(torch.nn.Module):
+    """Returns its parameter beside what is computed from it, by one partition or by two."""
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.linspace(1, 2, 4))
+        self.split = split
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * self.scale
+        if self.split:
+            y = torch.sort(y)[0] + self.scale
+        return self.scale, y
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_parameter_is_used_and_returned(split: bool) -> None:
+    module = Keeps(split)
+    lowered = lower_module(module, (X,))
+    with torch.no_grad():
+        compare(lowered.run(X), module(X))
+    assert len(lowered.graphs) == 1 + split

@@ -5,7 +5,8 @@ Layout, little-endian::
     0   8 bytes   magic "TORCHVK\\0"
     8   u32       format version
     12  u32       header size H
-    16  H bytes   header: the graph without its constants, as MessagePack
+    16  u32       CRC-32 (zlib) of all that follows
+    20  H bytes   header: the graph without its constants, as MessagePack
     ..            zeros up to the next multiple of 64
     ..            constants; the ranges in the header count from here
 
@@ -15,6 +16,7 @@ The constants stay a view into the given buffer: nothing is copied on load.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from torchvk.graph.validate import CONSTANT_ALIGNMENT
 
 MAGIC = b"TORCHVK\0"
 VERSION = 1
-_PREFIX = struct.Struct("<8sII")
+_PREFIX = struct.Struct("<8sIII")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,16 @@ def align(offset: int, alignment: int = CONSTANT_ALIGNMENT) -> int:
 def to_bytes(graph: Graph) -> bytes:
     """Serialize; raises :class:`FormatError` if the graph is not sound."""
     graph.validate()
-    header = msgspec.msgpack.encode(_Header(graph.tensors, graph.nodes, graph.inputs, graph.outputs))
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(header)) + header
-    return b"".join([prefix, bytes(align(len(prefix)) - len(prefix)), graph.constants])
+    return frame(
+        msgspec.msgpack.encode(_Header(graph.tensors, graph.nodes, graph.inputs, graph.outputs)), graph.constants
+    )
+
+
+def frame(header: bytes, constants: memoryview, version: int = VERSION, magic: bytes = MAGIC) -> bytes:
+    """Header and constants in the layout above, with their checksum."""
+    padding = bytes(align(_PREFIX.size + len(header)) - _PREFIX.size - len(header))
+    checksum = zlib.crc32(constants, zlib.crc32(header + padding))
+    return b"".join([_PREFIX.pack(magic, version, len(header), checksum), header, padding, constants])
 
 
 def from_bytes(blob: bytes | bytearray | memoryview) -> Graph:
@@ -59,7 +68,7 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> Graph:
     view = memoryview(blob).cast("B").toreadonly()
     if len(view) < _PREFIX.size:
         raise FormatError(f"torchvk graph is truncated: {len(view)} bytes, the header alone has {_PREFIX.size}")
-    magic, version, size = _PREFIX.unpack_from(view)
+    magic, version, size, checksum = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise FormatError(f"not a torchvk graph: it starts with {bytes(magic)!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -67,6 +76,8 @@ def from_bytes(blob: bytes | bytearray | memoryview) -> Graph:
     end = _PREFIX.size + size
     if end > len(view):
         raise FormatError(f"torchvk graph is truncated: the header ends at byte {end} of {len(view)}")
+    if zlib.crc32(view[_PREFIX.size :]) != checksum:
+        raise FormatError("torchvk graph is damaged: its bytes do not have the checksum that the file gives")
     try:
         header = _decoder.decode(view[_PREFIX.size : end])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -93,6 +93,7 @@ class VulkanPartitioner(Partitioner):  # type: ignore[misc]  # executorch is unt
             for node in group:
                 node.meta["delegation_tag"] = tag
         tag_constant_data(exported_program)
+        nested_users_first(exported_program)
         declare_out_variants(analysis.refused)
         new = refusals(source, analysis)
         for refusal in new:
@@ -102,6 +103,19 @@ class VulkanPartitioner(Partitioner):  # type: ignore[misc]  # executorch is unt
         self.report.extend(new)
         self.claimed += count
         return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+
+def nested_users_first(program: ExportedProgram) -> None:
+    """Let a constant's users that hold it in a list (the program's output, cat) come first.
+
+    exir gives every user of a shared constant but the first a copy of its own, by looking for the constant among the
+    user's arguments, not inside lists: such a user must be the one that keeps the original.
+    """
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and "delegation_tag" in node.meta:
+            node.users = dict.fromkeys(
+                sorted(node.users, key=lambda user: node in user.args or node in user.kwargs.values())
+            )
 
 
 class KnownParameters:
