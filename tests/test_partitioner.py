@@ -124,6 +124,42 @@ def test_weights_used_in_two_partitions() -> None:
     compare(lowered.run(X), module(X))
 
 
+def test_a_quantized_weight_used_in_two_partitions() -> None:
+    """It is dequantized in neither, so both linears stay on the CPU: one node cannot be in two partitions."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("q", torch.arange(-8, 8).view(4, 4).to(torch.int8))
+            self.register_buffer("scale", torch.full((4,), 0.25))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            w = torch.ops.quantized_decomposed.dequantize_per_channel(self.q, self.scale, None, 0, -8, 7, torch.int8)
+            return F.linear(torch.cosh(F.linear(torch.exp(x), w) / 8), w)
+
+    lowered = lower_module(Twice(), (X,))
+    assert lowered.operators()["quantized_linear"] == 0
+    assert "exp" in lowered.operators()
+    reasons = {refusal.reason for refusal in lowered.report if refusal.operator == "aten.mm.default"}
+    assert len(reasons) == 1
+    assert "shared with a linear that must run before or after another operator on the CPU" in reasons.pop()
+    compare(lowered.run(X), Twice()(X))
+
+
+@pytest.mark.parametrize("device", ["reference", None])
+def test_results_that_no_operator_computes(device: str | None) -> None:
+    """An input, a constant and a result given back twice."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.exp(x)
+        return x.clone(), torch.ones(3) * 2, y, y.view(4, 3).view(3, 4), y.view(12)
+
+    lowered = lower(function)
+    with torchvk.load(lowered.edge.to_executorch(), device=device) as program:
+        compare(program(X), function(X))
+    assert lowered.operators() == {"exp": 1, "reshape": 1}
+
+
 def test_results_of_one_operator_stay_together() -> None:
     def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, b = x.split(2, 1)
@@ -417,6 +453,18 @@ def test_several_methods() -> None:
     with torchvk.load(edge.to_executorch(), device="reference") as program:
         compare([program.method("first")(X)], first(X))
         compare([program.method("second")(X)], second(X))
+
+
+def test_one_partitioner_after_another() -> None:
+    """The second one sees the first one's delegates and has nothing to say about them."""
+    first, second = VulkanPartitioner(operator_allowlist=["aten.exp.default"]), VulkanPartitioner()
+    edge = to_edge_transform_and_lower(
+        torch.export.export(Function(lambda x: torch.sin(torch.exp(x))), (X,)), partitioner=[first, second]
+    )
+    assert [refusal.operator for refusal in first.report] == ["aten.sin.default"]
+    assert second.report == []
+    with torchvk.load(edge.to_executorch(), device="reference") as program:
+        compare([program(X)], torch.sin(torch.exp(X)))
 
 
 def test_programs_are_left_as_they_are() -> None:

@@ -20,9 +20,11 @@ from torchvk.lowering.options import CompileOptions
 from torchvk.lowering.passes.float16 import to_float16
 from torchvk.lowering.patterns import PATTERNS, Match
 from torchvk.lowering.refusal import Refused
-from torchvk.lowering.source import Source
+from torchvk.lowering.source import Source, operator_name
 from torchvk.lowering.translate import translate
 from torchvk.lowering.types import type_of
+
+DELEGATED = "it is a delegate already"
 
 # node → None, or why the user does not want it on the GPU; True for a node inside of a pattern
 Accept = Callable[[Node, bool], str | None]
@@ -169,7 +171,7 @@ def _check_node(node: Node, source: Source, options: CompileOptions, results: bo
                 f"it reads {source.mutable[operand]!r}, which the program changes: state on the device is not supported"
             )
         if operand.op == "get_attr":
-            raise Refused("control flow is not supported")
+            raise Refused(DELEGATED if operator_name(node) == "executorch_call_delegate" else "it is control flow")
     if results:
         for value in _flatten(node.meta.get("val")):
             type_of(value)

@@ -6,7 +6,7 @@ Passes take a draft and give a new one (see ``torchvk.lowering.passes``); :meth:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -96,9 +96,6 @@ class Draft:
                 counts[value] = counts.get(value, 0) + 1
         return counts
 
-    def producers(self) -> dict[Value, Call]:
-        return {output: call for call in self.calls for output in call.outputs}
-
     def graph(self) -> Graph:
         """The finished graph. Constants that no call reads are left out; equal ones are stored once."""
         builder = GraphBuilder()
@@ -128,9 +125,11 @@ def decode_attributes(op: str, attributes: Any) -> Any:
     except FormatError:
         raise Refused(f"operator {op!r} is not part of this torchvk") from None
     try:
-        return msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
+        decoded = msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
     except msgspec.ValidationError as error:
         raise Refused(f"operator {op!r} has no such attributes: {error}") from None
+    # msgspec leaves defaults to the class. Files name every attribute: defaults may change, what was lowered must not.
+    return replace(decoded)
 
 
 def constant(array: Array, name: str = "", dtype: DType | None = None) -> Value:

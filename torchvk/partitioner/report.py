@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from torchvk.lowering.analysis import Analysis
+from torchvk.lowering.analysis import DELEGATED, Analysis
 from torchvk.lowering.source import Source, module_path, operator_name
 
 
@@ -24,9 +24,9 @@ class Refusal:
 
 
 def refusals(source: Source, analysis: Analysis) -> list[Refusal]:
-    """In the order of the graph. What only picks one of several results is not listed beside its operator."""
+    """In the order of the graph. Not listed are delegates, and what only picks one of an operator's results."""
     return [
         Refusal(node.name, operator_name(node), analysis.refused[node], module_path(node))
         for node in source.nodes
-        if node in analysis.refused and node.target is not operator.getitem
+        if analysis.refused.get(node, DELEGATED) != DELEGATED and node.target is not operator.getitem
     ]

@@ -11,8 +11,9 @@ from torchvk.graph import DType
 from torchvk.lowering.draft import Array, Draft, Value, constant
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
-# Inputs that stay as they are: scales of quantized weights may be float32 beside float16 activations.
-KEPT_INPUTS = {"quantized_linear": {1, 2}}
+SMALLEST = float(np.finfo(np.float16).tiny)  # 2^-14
+# Inputs that stay as they are: a quantized weight's scales and bias may be float32 beside float16 activations.
+KEPT_INPUTS = {"quantized_linear": {1, 2, 3}}
 # Attributes that are values of the operator's dtype, so that they must be in its range.
 VALUES = ("value", "min", "max")
 
@@ -43,7 +44,8 @@ def to_float16(draft: Draft, keep_interface: bool = False) -> Draft:
     for call in draft.calls:
         kept = KEPT_INPUTS.get(call.op, set())
         inputs = [v if v is None or slot in kept else now(v) for slot, v in enumerate(call.inputs)]
-        outputs = new.emit(call.op, inputs, _attributes(call.attributes), call.outputs[0].name, call.source)
+        attributes = _attributes(call.op, call.attributes)
+        outputs = new.emit(call.op, inputs, attributes, call.outputs[0].name, call.source)
         renamed.update(zip(call.outputs, outputs, strict=True))
     for value in draft.outputs:
         result = now(value)
@@ -67,8 +69,11 @@ def _clamped(array: Array) -> Array:
     return result
 
 
-def _attributes(attributes: Any) -> Any:
+def _attributes(op: str, attributes: Any) -> Any:
     plain = msgspec.to_builtins(attributes)
+    if op == "quantized_linear":
+        # The smallest scale: with one that rounds to 0, rows of zeros would be quantized to 0 / 0.
+        plain["eps"] = max(plain["eps"], SMALLEST)
     if plain.get("dtype") == DType.FLOAT32.value:
         plain["dtype"] = DType.FLOAT16.value
     for name in VALUES:

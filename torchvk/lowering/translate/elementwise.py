@@ -250,7 +250,13 @@ def full(t: Translator, fill_value: float) -> Value:
     return t.full(t.out.shape, fill_value, t.out.dtype)
 
 
-@translates("aten.zeros.default", "aten.zeros_like.default", "aten.empty.memory_format", "aten.empty_like.default")
+@translates(
+    "aten.zeros.default",
+    "aten.zeros_like.default",
+    "aten.empty.memory_format",
+    "dim_order_ops._empty_dim_order.default",
+    "aten.empty_like.default",
+)
 def zeros(t: Translator) -> Value:
     return t.full(t.out.shape, 0, t.out.dtype)
 
