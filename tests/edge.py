@@ -39,7 +39,7 @@ class Lowered:
     def operators(self) -> collections.Counter[str]:
         return collections.Counter(node.op for graph in self.graphs for node in graph.nodes)
 
-    def run(self, *inputs: torch.Tensor, device: str = "reference") -> tuple[torch.Tensor, ...]:
+    def run(self, *inputs: torch.Tensor, device: str | None = "reference") -> tuple[torch.Tensor, ...]:
         """Through the .pte file and its reader; operators left over run on the CPU."""
         with torchvk.load(self.edge.to_executorch(), device=device) as program:
             outputs = program(*inputs)

@@ -15,7 +15,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.utils import unwrap_tensor_subclass
 
-from tests.edge import assert_same, compare, lower_module
+from tests import edge
+from tests.edge import Lowered, compare, lower_module
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType
 from torchvk.partitioner.vulkan_partitioner import Refusal, VulkanPartitioner
@@ -25,6 +26,16 @@ from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_qu
 FLOAT32 = 1e-5
 # Eager float16 rounds weights, activations and results to 11 bits; the references only results.
 FLOAT16 = 2**-8
+
+
+def assert_same(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], tolerance: float = FLOAT32, **options: Any
+) -> Lowered:
+    """Lowered whole; the references and the device give what eager gives."""
+    lowered = edge.assert_same(module, inputs, tolerance, **options)
+    with torch.no_grad():
+        compare(lowered.run(*inputs, device=None), module(*inputs), tolerance)
+    return lowered
 
 
 def torchao(module: torch.nn.Module, config: Any) -> torch.nn.Module:
@@ -476,8 +487,8 @@ def test_constants_that_exir_hides_are_found_out_when_lowering() -> None:
     """``to_edge`` and ``to_backend`` never show the partitioner the weights: nonzero zero points are an error then."""
     inputs = (torch.randn(5, 64),)
     good, bad = (Dequantized(F.linear, affine([1, 32]), zero=zero) for zero in (0, 2))
-    edge = to_edge(torch.export.export(good, inputs)).to_backend(VulkanPartitioner())
-    assert "executorch_call_delegate" in str(edge.exported_program().graph)
+    program = to_edge(torch.export.export(good, inputs)).to_backend(VulkanPartitioner())
+    assert "executorch_call_delegate" in str(program.exported_program().graph)
     with pytest.raises(UnsupportedError, match=r"asymmetric.*to_edge_transform_and_lower"):
         to_edge(torch.export.export(bad, inputs)).to_backend(VulkanPartitioner())
 

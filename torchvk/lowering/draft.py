@@ -125,7 +125,7 @@ def decode_attributes(op: str, attributes: Any) -> Any:
     except FormatError:
         raise Refused(f"operator {op!r} is not part of this torchvk") from None
     try:
-        decoded = msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
+        decoded: Any = msgspec.convert(dict(attributes or {}), operator.attributes, strict=True)
     except msgspec.ValidationError as error:
         raise Refused(f"operator {op!r} has no such attributes: {error}") from None
     # msgspec leaves defaults to the class. Files name every attribute: defaults may change, what was lowered must not.
