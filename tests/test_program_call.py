@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import subprocess
@@ -394,10 +395,12 @@ def test_python_share_of_a_call_is_small() -> None:
 
 
 def test_a_bad_graph_names_file_method_and_delegate(tmp_path: Path) -> None:
-    blob = to_bytes(affine_graph())
+    graph = affine_graph()
+    nodes = tuple(dataclasses.replace(node, op=node.op.replace("mul", "mux")) for node in graph.nodes)
+    blob = to_bytes(dataclasses.replace(graph, nodes=nodes))
     path = tmp_path / "model.pte"
-    plan = delegate_plan(affine_graph())
-    bad = Plan(plan.values, [0, 1], [2, 3], plan.instructions, delegates=[(BACKEND, blob.replace(b"mul", b"mux"))])
+    plan = delegate_plan(graph)
+    bad = Plan(plan.values, [0, 1], [2, 3], plan.instructions, delegates=[(BACKEND, blob)])
     path.write_bytes(write(bad))
     with pytest.raises(FormatError, match=r"model\.pte: method 'forward', delegate 0: .*unknown operator 'mux'"):
         load(path)
