@@ -159,7 +159,7 @@ def measure_python(device: str | None) -> float:
 LOAD = """
 import json, sys, time
 import torchvk
-from torchvk.runtime import list_devices, open_device
+from torchvk.runtime.device import open_device
 
 def status(key):
     with open("/proc/self/status") as lines:

@@ -25,8 +25,11 @@ from torchao.quantization.quant_api import (
 )
 from torchao.utils import unwrap_tensor_subclass
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
+
+transformers_logging.disable_progress_bar()
 
 SCHEMES = {
     "fp32": "float32, as published",

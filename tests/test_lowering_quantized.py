@@ -15,6 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.utils import unwrap_tensor_subclass
 
+import torchvk
 from tests import edge
 from tests.edge import Lowered, compare, lower_module
 from torchvk.errors import UnsupportedError
@@ -498,3 +499,18 @@ def test_packed_values_are_the_models() -> None:
     (node,) = (graph := lower_module(module, (torch.randn(5, 64),)).graph).nodes
     assert np.array_equal(graph.constant_array(node.inputs[1]), module.q.numpy())  # type: ignore[operator]
     assert np.array_equal(graph.constant_array(node.inputs[2]), module.scale.numpy())  # type: ignore[operator]
+
+
+def test_dynamic_batch_runs_on_the_cpu() -> None:
+    """Nothing with symbolic sizes is claimed yet; the program runs as exir leaves it, at every size."""
+    torch.manual_seed(0)
+    example = torch.randn(4, 64)
+    module = torchao(
+        torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU()),
+        Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)),
+    )
+    lowered = lower_module(module, (example,), dynamic_shapes=(({0: torch.export.Dim("batch", min=2, max=16)},)))
+    assert not lowered.graphs
+    with torch.no_grad(), torchvk.load(lowered.edge.to_executorch()) as program:
+        for x in (example, torch.randn(7, 64)):
+            compare((program(x),), module(x))

@@ -34,7 +34,8 @@ def declare_out_variants(nodes: Iterable[Node]) -> None:
 
 
 def _declare(operator: torch._ops.OpOverload) -> None:
-    """``f(…) -> Tensor`` gets ``f.out(…, *, Tensor(a!) out) -> Tensor(a!)``, which copies f's result."""
+    """``f(…) -> Tensor`` gets ``f.out(…, *, Tensor(a!) out) -> Tensor(a!)``, which copies f's result
+    and, as torch's own do, gives ``out`` its shape (known only now where shapes are dynamic)."""
     schema = operator._schema
     namespace, _, name = schema.name.partition("::")
     text = str(schema)
@@ -52,6 +53,8 @@ def _declare(operator: torch._ops.OpOverload) -> None:
         targets = [keywords.pop(out) for out in names]
         given = operator(*inputs, **keywords)
         for target, value in zip(targets, [given] if single else given, strict=True):
+            if target.shape != value.shape:
+                target.resize_(value.shape)
             target.copy_(value)
         return targets[0] if single else tuple(targets)
 
