@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,12 @@ class Execution:
         """The mapped bytes of an input or output as an array."""
         type = graph.tensors[tensor].type
         where = self.plan.storages[storage]
-        raw = self._buffers[where.kind].bytes()[where.offset : where.offset + type.nbytes]
+        raw = self.buffer_bytes(where)[: type.nbytes]
         return raw.view(type.dtype.numpy).reshape(type.shape)
+
+    def buffer_bytes(self, storage: Storage) -> Array:
+        """The mapped bytes of an input or output storage, as uint8."""
+        return self._buffers[storage.kind].bytes()[storage.offset : storage.offset + storage.nbytes]
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """Copy in, submit, wait, copy out. ``arrays`` are checked by the caller."""
@@ -179,8 +184,9 @@ class Execution:
         info = vk.make("VkCommandBufferSubmitInfo", commandBuffer=commands)
         return vk.make("VkSubmitInfo2", commandBufferInfoCount=1, pCommandBufferInfos=info)
 
-    def _record(self, queries: vk.Struct = None) -> vk.Struct:
-        """Record the plan. With a query pool: a timestamp before and after every step, and one step at a time."""
+    def _record(self, queries: vk.Struct = None, whole: bool = False) -> vk.Struct:
+        """Record the plan. With a query pool: a timestamp before and after every step, and one step at a time; or,
+        for the ``whole``, as always, with one at the begin and one at the end."""
         functions = self.device.functions
         info = vk.make("VkCommandBufferAllocateInfo", commandPool=self._pool, commandBufferCount=1)
         pointer = vk.ffi.new("VkCommandBuffer *")
@@ -194,7 +200,10 @@ class Execution:
                     functions.vkCmdFillBuffer(commands, where.block.buffer, where.offset, where.size, 0xFFFFFFFF)
             self._barrier(commands, {TRANSFER}, {COMPUTE, TRANSFER})
         if queries is not None:
-            functions.vkCmdResetQueryPool(commands, queries, 0, 2 * len(self.plan.steps))
+            functions.vkCmdResetQueryPool(commands, queries, 0, 2 if whole else 2 * len(self.plan.steps))
+        if whole:
+            self._timestamp(commands, queries, 0)
+            whole_queries, queries = queries, None
         kinds = [{TRANSFER if step.dispatch is None else COMPUTE for step in stage} for stage in self.plan.stages]
         dispatches = 0
         count = 0
@@ -214,6 +223,8 @@ class Execution:
                     self._timestamp(commands, queries, 2 * count + 1)
                     self._barrier(commands, {COMPUTE, TRANSFER}, {COMPUTE, TRANSFER})
                 count += 1
+        if whole:
+            self._timestamp(commands, whole_queries, 1)
         host = (vk.VK_PIPELINE_STAGE_2_HOST_BIT, 0, vk.VK_ACCESS_2_HOST_READ_BIT)
         self._barrier(commands, {COMPUTE, TRANSFER}, {host})
         functions.vkEndCommandBuffer(commands)
@@ -288,32 +299,51 @@ class Execution:
 
     def profile(self, arrays: Sequence[Array]) -> list[tuple[float, float]]:
         """Run once, one step at a time; (begin, end) of every step in seconds from the first."""
-        count = 2 * len(self.plan.steps)
-        if not count:
+        if not self.plan.steps:
             return []
+        for view, array in zip(self._inputs, arrays, strict=True):
+            np.copyto(view, array)
+        with self._timed(2 * len(self.plan.steps), whole=False) as run:
+            return [(float(a), float(b)) for a, b in run().reshape(-1, 2)]
+
+    def measure(self, repeats: int) -> list[float]:
+        """Run so often, on whatever the inputs hold; seconds that the device took each time, without copies to and
+        from the host."""
+        if not self.plan.steps:
+            return [0.0] * repeats
+        with self._timed(2, whole=True) as run:
+            return [float(run()[1]) for _ in range(repeats)]
+
+    @contextmanager
+    def _timed(self, count: int, whole: bool) -> Iterator[Callable[[], Array]]:
+        """A function that runs the plan once and gives its ``count`` timestamps in seconds from the first."""
         if not self.device.physical.timestamp_bits:
             raise UnsupportedError(f"device {self.device.info.name!r} has no timestamps, so it cannot be profiled")
         functions, device = self.device.functions, self.device.handle
-        for view, array in zip(self._inputs, arrays, strict=True):
-            np.copyto(view, array)
         info = vk.make("VkQueryPoolCreateInfo", queryType=vk.VK_QUERY_TYPE_TIMESTAMP, queryCount=count)
         queries = self._create("vkCreateQueryPool", "vkDestroyQueryPool", "VkQueryPool", info)
+        # Counters of fewer than 64 bits wrap: differences modulo their width are right.
+        mask = np.uint64(2**self.device.physical.timestamp_bits - 1)
+        period = self.device.physical.limits.timestampPeriod * 1e-9
+        flags = vk.VK_QUERY_RESULT_64_BIT | vk.VK_QUERY_RESULT_WAIT_BIT
+        ticks = np.zeros(count, np.uint64)
         try:
-            commands = self._record(queries)
-            self._submit(self._submission_of(commands))
-            ticks = np.zeros(count, np.uint64)
-            flags = vk.VK_QUERY_RESULT_64_BIT | vk.VK_QUERY_RESULT_WAIT_BIT
-            functions.vkGetQueryPoolResults(
-                device, queries, 0, count, ticks.nbytes, vk.ffi.from_buffer(ticks), 8, flags
-            )
+            commands = self._record(queries, whole)
+            submission = self._submission_of(commands)
+
+            def run() -> Array:
+                self._submit(submission)
+                functions.vkGetQueryPoolResults(
+                    device, queries, 0, count, ticks.nbytes, vk.ffi.from_buffer(ticks), 8, flags
+                )
+                seconds: Array = ((ticks - ticks[0]) & mask) * period
+                return seconds
+
+            yield run
             functions.vkFreeCommandBuffers(device, self._pool, 1, vk.array("VkCommandBuffer", [commands]))
         finally:
             self._owned.pop()
             functions.vkDestroyQueryPool(device, queries, vk.ffi.NULL)
-        # Counters of fewer than 64 bits wrap: differences modulo their width are right.
-        mask = np.uint64(2**self.device.physical.timestamp_bits - 1)
-        seconds = ((ticks - ticks[0]) & mask) * (self.device.physical.limits.timestampPeriod * 1e-9)
-        return [(float(a), float(b)) for a, b in seconds.reshape(-1, 2)]
 
     def close(self) -> None:
         """Free everything; the device must not be at work on it."""
