@@ -21,6 +21,7 @@ from variants import CPU, DEVICES, EPSILON, GPU, Array, assert_within, chosen_fo
 from torchvk import ops
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
+from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.linear import MAX_CPU_K, LinearAttributes, MatmulAttributes, Product, choose
 
 DTYPES = ("float32", "float16")
@@ -39,16 +40,25 @@ def swapped(x: Array, swap: bool) -> Array:
     return np.ascontiguousarray(x.swapaxes(-1, -2)) if swap else x
 
 
-def check_linear(x: Array, weight: Array, bias: Array | None) -> None:
+def check_linear(
+    x: Array, weight: Array, bias: Array | None, epilogue: Any = "none", residual: Array | None = None
+) -> None:
     wide_x, wide_w = x.astype(np.float64), weight.astype(np.float64)
     exact = wide_x @ wide_w.T
     size = np.abs(wide_x) @ np.abs(wide_w).T
     if bias is not None:
         exact, size = exact + bias, size + np.abs(bias)
     bound = (x.shape[-1] + 1) * EPSILON * size
-    (reference,) = ops.get("linear").reference(LinearAttributes(), [x, weight, bias])
+    if epilogue != "none":
+        # The slope of all of them is below 1.13, their own error a few ulp of what they are given.
+        exact, bound = apply_epilogue(epilogue, exact, None), 1.13 * bound + 8 * EPSILON * size
+    if residual is not None:
+        exact = exact + residual.astype(np.float64)
+        bound = bound + EPSILON * (np.abs(exact) + np.abs(residual))
+    attributes = LinearAttributes(epilogue)
+    (reference,) = ops.get("linear").reference(attributes, [x, weight, bias, residual])
     assert_within(reference, exact, bound, x.dtype)
-    (got,) = run_op("linear", None, [x, weight, bias], constants=(1,))
+    (got,) = run_op("linear", attributes, [x, weight, bias, residual], constants=(1,))
     assert_within(got, exact, bound, x.dtype)
 
 
@@ -84,6 +94,19 @@ def check_matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: boo
 def test_linear(kind: str, dtype: str, m: int, n: int, k: int, bias: bool) -> None:
     with as_kind("linear", kind):
         check_linear(random(dtype, m, k), random(dtype, n, k, seed=1), random(dtype, n, seed=2) if bias else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("epilogue", "m", "n"), [("relu", 1, 9), ("gelu", 6, 34), ("gelu_tanh", 3, 16), ("silu", 40, 7)]
+)
+def test_epilogue_and_residual(kind: str, dtype: str, epilogue: str, m: int, n: int) -> None:
+    with as_kind("linear", kind):
+        x, weight, bias = random(dtype, m, 40), random(dtype, n, 40, seed=1), random(dtype, n, seed=2)
+        check_linear(x, weight, bias, epilogue, random(dtype, m, n, seed=3))
+        check_linear(x, weight, bias, epilogue)
+        check_linear(x, weight, None, "none", random(dtype, m, n, seed=3))
 
 
 @pytest.mark.tier

@@ -21,6 +21,7 @@ from torchao.quantization.quant_api import (
 
 from torchvk.graph import DType, TensorType
 from torchvk.graph.build import GraphBuilder
+from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.quantization import quantize
 from torchvk.runtime.plan import make_plan
 
@@ -47,7 +48,7 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
     A sum of t terms, each rounded a few times, is off by at most (t + few) · 2^-24 · Σ |terms|, in any order.
     Terms: groups with quantized activations (their sums are exact), else columns.
     """
-    x, weight, scale, bias = inputs
+    x, weight, scale, bias, residual = (*inputs, None)[:5]
     assert x is not None
     assert weight is not None
     assert scale is not None
@@ -66,6 +67,13 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
         y = y + bias
         size = size + np.abs(bias)
     bound = (terms + 6) * EPSILON[np.float32] * size
+    # The epilogue in float64; its slope is below 1.13 for all of them, its own error a few ulp.
+    y = apply_epilogue(chosen.epilogue, y, None)
+    bound = bound * 1.13 + (0 if chosen.epilogue == "none" else 8 * EPSILON[np.float32] * size)
+    if residual is not None:
+        flat = residual.reshape(y.shape).astype(np.float64)
+        y = y + flat
+        bound = bound + EPSILON[np.float32] * (np.abs(y) + np.abs(flat))
     if x.dtype == np.float16:
         # Rounded once, at the end; below 2^-14 by half a unit of the denormals.
         bound = bound + EPSILON[np.float16] * np.abs(y) + 2.0**-25
@@ -110,6 +118,19 @@ def test_every_kernel_gives_the_product(case: Any, activation: str, device_kind:
         bias = [None, np.float32, dtype][rng.integers(3)]
         inputs = operands(rng, shape, n, group, bits, dtype, bias)
         check(attributes(group, activation, dtype), inputs, bits)
+
+
+@pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
+@pytest.mark.parametrize(
+    ("epilogue", "m", "n"), [("relu", 1, 9), ("gelu", 6, 34), ("gelu_tanh", 3, 16), ("silu", 40, 7)]
+)
+def test_epilogue_and_residual(
+    epilogue: str, m: int, n: int, activation: str, device_kind: str, rng: np.random.Generator
+) -> None:
+    for dtype, with_residual in ((np.float32, True), (np.float16, True), (np.float16, False)):
+        inputs = operands(rng, (2, m, 64), n, 32, 4, dtype, np.float32)
+        inputs.append((3 * rng.standard_normal((2, m, n))).astype(dtype) if with_residual else None)
+        check(attributes(32, activation, dtype, epilogue=epilogue), inputs, 4)
 
 
 @pytest.mark.parametrize(("bits", "k"), [(8, 1100), (4, 9000)])

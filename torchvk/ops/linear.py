@@ -11,6 +11,7 @@ import numpy as np
 
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
+from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.operator import (
     Arg,
     Array,
@@ -45,7 +46,9 @@ class MatmulAttributes:
 
 @dataclass(frozen=True)
 class LinearAttributes:
-    """None: the shapes say all."""
+    """epilogue: the function that follows product and bias; a residual is added to that (torchvk.ops.epilogue)."""
+
+    epilogue: Epilogue = "none"
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,19 @@ def _choose_lanes(product: Product, capabilities: Capabilities, name: str) -> Ch
     return Choice(f"gemm_lanes_{name}_{rows}{suffix}", rows, 4 * lanes, lanes, 4, texels)
 
 
-def _kernels(product: Product, bias: bool, slots: tuple[int, int, int], capabilities: Capabilities) -> Kernels:
-    """Dispatches of a product; ``slots`` are the inputs that hold A, B and the bias."""
+@dataclass(frozen=True)
+class Slots:
+    """The node's inputs that hold the operands; None for what is not there. ``ending``: see torchvk.ops.epilogue."""
+
+    a: int = 0
+    b: int = 1
+    bias: int | None = None
+    residual: int | None = None
+    ending: tuple[int, int] = (0, 0)
+
+
+def _kernels(product: Product, slots: Slots, capabilities: Capabilities) -> Kernels:
+    """Dispatches of a product."""
     count = product.batches * product.m * product.n
     if count == 0:
         return Kernels(())
@@ -152,20 +166,22 @@ def _kernels(product: Product, bias: bool, slots: tuple[int, int, int], capabili
         product.transpose_b,
         product.contiguous_a % choice.group == 0,
         product.contiguous_b % choice.group == 0,
-        bias,
+        slots.bias is not None,
         half and not detour,
         len(product.batch),
+        *slots.ending,
         product.k % 4 != 0,
     )
     out: Arg = scratch_write(0) if detour else write(0)
     main = Dispatch(
         kernel=choice.kernel,
-        # Every binding needs a buffer: where there is no bias, B stands in and is not read.
+        # Every binding needs a buffer: B stands in for what is not there, and is not read.
         buffers=(
-            read(slots[0], texels=choice.texels),
-            read(slots[1], texels=choice.texels),
-            read(slots[2] if bias else slots[1]),
+            read(slots.a, texels=choice.texels),
+            read(slots.b, texels=choice.texels),
+            read(slots.b if slots.bias is None else slots.bias),
             out,
+            read(slots.b if slots.residual is None else slots.residual),
         ),
         groups=(*grid(tiles, capabilities, 1)[:2], min(product.batches, capabilities.max_workgroup_count[2])),
         constants=constants,
@@ -262,7 +278,7 @@ def _matmul_kernels(
     assert b is not None
     if outputs[0].numel == 0:
         return Kernels(())
-    return _kernels(_matmul_product(attributes, a, b, outputs[0]), False, (0, 1, 1), capabilities)
+    return _kernels(_matmul_product(attributes, a, b, outputs[0]), Slots(), capabilities)
 
 
 def _matmul_reference(attributes: MatmulAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -294,8 +310,11 @@ MATMUL = register(
 
 
 def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorType, ...]:
-    expect(len(inputs) in (2, 3), f"linear takes an input, a weight and optionally a bias, {len(inputs)} were given")
-    x, weight, bias = (*inputs, None)[:3]
+    expect(
+        2 <= len(inputs) <= 4,
+        f"linear takes an input, a weight and optionally a bias and a residual, {len(inputs)} were given",
+    )
+    x, weight, bias, residual = (*inputs, None, None)[:4]
     if x is None or weight is None:
         expect(False, "linear needs an input and a weight")
         raise AssertionError
@@ -309,34 +328,40 @@ def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorTy
     expect(x.shape[-1] == k, f"linear of {x} with weight {weight}: the inner sizes {x.shape[-1]} and {k} differ")
     if bias is not None:
         expect(bias == TensorType(x.dtype, (n,)), f"linear of {x} takes a bias {x.dtype.value}[{n}], got {bias}")
-    return (TensorType(x.dtype, (*x.shape[:-1], n)),)
+    output = TensorType(x.dtype, (*x.shape[:-1], n))
+    expect(residual is None or residual == output, f"linear takes a residual like its result {output}, got {residual}")
+    return (output,)
 
 
 def _linear_kernels(
     attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
-    x, weight, bias = (*inputs, None)[:3]
+    x, weight, bias, residual = (*inputs, None, None)[:4]
     assert x is not None
     assert weight is not None
+    if outputs[0].numel == 0:
+        return Kernels(())
     product = Product(math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True)
-    return _kernels(product, bias is not None, (0, 1, 2), capabilities)
+    ending = epilogue_constants(attributes.epilogue, residual)
+    slots = Slots(bias=None if bias is None else 2, residual=None if residual is None else 3, ending=ending)
+    return _kernels(product, slots, capabilities)
 
 
 def _linear_reference(attributes: LinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
-    x, weight, bias = (*inputs, None)[:3]
+    x, weight, bias, residual = (*inputs, None, None)[:4]
     assert x is not None
     assert weight is not None
     with np.errstate(all="ignore"):
         y = np.matmul(x.astype(np.float32), weight.astype(np.float32).T)
         if bias is not None:
             y = y + bias.astype(np.float32)
-        return (y.astype(x.dtype),)
+        return (apply_epilogue(attributes.epilogue, y, residual).astype(x.dtype),)
 
 
 LINEAR = register(
     Operator(
         name="linear",
-        summary="x [*, K] times weight [N, K] transposed, plus bias [N]",
+        summary="f(x [*, K] times weight [N, K] transposed, plus bias [N]) + residual; f: relu, gelu, silu or nothing",
         attributes=LinearAttributes,
         infer=_infer_linear,
         reference=_linear_reference,

@@ -1,9 +1,10 @@
 """Linear layers with integer weights: ``quantized_linear``.
 
-    y[m, n] = sx[m] · Σ_g sw[n, g] · Σ_{k in g} (qx[m, k] − zx[m]) · qw[n, k] + b[n]
+    y[m, n] = f(sx[m] · Σ_g sw[n, g] · Σ_{k in g} (qx[m, k] − zx[m]) · qw[n, k] + b[n]) + residual[m, n]
 
 with quantized activations: the inner sums are integers and exact, the sum over groups is in float32. Without (weight
-only): y[m, n] = Σ_k x[m, k] · (sw[n, g] · qw[n, k]) + b[n] in float32. float16 results are rounded once, at the end.
+only) the product is Σ_k x[m, k] · (sw[n, g] · qw[n, k]) in float32. f and the residual: see torchvk.ops.epilogue.
+float16 results are rounded once, at the end.
 
 Against eager mode, which dequantizes and multiplies matrices: float32 models differ by the order of float32 additions
 alone. float16 models there round every dequantized weight and activation to float16, which is not repeated here: each
@@ -21,6 +22,7 @@ from typing import NoReturn
 import numpy as np
 
 from torchvk.graph import DType, TensorType
+from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.operator import (
     Arg,
     Array,
@@ -42,7 +44,7 @@ from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, 
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.rounding import round_to_half
 
-X, WEIGHT, SCALE, BIAS = range(4)
+X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
 UNIT = 32  # columns of a unit: one uint4 of int4 weights
 # A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128.
 MAX_GROUP = 1 << 16
@@ -55,6 +57,7 @@ class QuantizedLinearAttributes:
 
     activation: "none" leaves x as it is (weight only); "dynamic_per_token" and "dynamic_per_tensor" quantize it to
     int8 at run time with the formulas of torchvk.ops.quantization, which say what the other attributes mean.
+    epilogue: the function that follows the product and the bias; a residual, if there is one, is added to that.
     """
 
     group_size: int
@@ -64,6 +67,7 @@ class QuantizedLinearAttributes:
     quant_max: int = 127
     eps: float = float(np.finfo(np.float32).tiny)
     qparams: Formulas = "torchao"
+    epilogue: Epilogue = "none"
 
     @property
     def scheme(self) -> Scheme | None:
@@ -76,17 +80,17 @@ def _fail(message: str) -> NoReturn:
     raise OperatorError(f"quantized_linear: {message}")
 
 
-def _operands(inputs: Types) -> tuple[TensorType, TensorType, TensorType, TensorType | None]:
-    if len(inputs) not in (3, 4):
-        _fail(f"takes x, weight, scale and perhaps bias, {len(inputs)} operands were given")
-    x, weight, scale = inputs[:3]
+def _operands(inputs: Types) -> tuple[TensorType, TensorType, TensorType, TensorType | None, TensorType | None]:
+    if not 3 <= len(inputs) <= 5:
+        _fail(f"takes x, weight, scale and perhaps bias and residual, {len(inputs)} operands were given")
+    x, weight, scale, bias, residual = (*inputs, None, None)[:5]
     if x is None or weight is None or scale is None:
         _fail("x, weight and scale must be there")
-    return x, weight, scale, inputs[BIAS] if len(inputs) == 4 else None
+    return x, weight, scale, bias, residual
 
 
 def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[TensorType, ...]:
-    x, weight, scale, bias = _operands(inputs)
+    x, weight, scale, bias, residual = _operands(inputs)
     floats = (DType.FLOAT32, DType.FLOAT16)
     if x.dtype not in floats or not x.shape:
         _fail(f"x must be float32 or float16 of rank 1 or more, got {x}")
@@ -108,11 +112,14 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
             _fail(f"activations of [{attributes.quant_min}, {attributes.quant_max}] are not int8")
         if not (math.isfinite(attributes.eps) and attributes.eps >= 0):
             _fail(f"eps must be a number of 0 or more, got {attributes.eps}")
-    return (TensorType(x.dtype, (*x.shape[:-1], n)),)
+    output = TensorType(x.dtype, (*x.shape[:-1], n))
+    if residual is not None and residual != output:
+        _fail(f"the residual must be of the result's type {output}, got {residual}")
+    return (output,)
 
 
 def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None:
-    x, weight, _, _ = _operands(inputs)
+    x, weight, *_ = _operands(inputs)
     if attributes.activation != "none" and attributes.group_size > MAX_GROUP:
         return f"groups of {attributes.group_size} columns may overflow int32; {MAX_GROUP} are supported"
     padded = -(-weight.shape[1] // UNIT) * UNIT
@@ -130,8 +137,7 @@ def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None
 
 def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     """As eager mode: dequantize both to x's dtype, multiply matrices in float32, round."""
-    x, weight, scale = inputs[:3]
-    bias = inputs[BIAS] if len(inputs) == 4 else None
+    x, weight, scale, bias, residual = (*inputs, None, None)[:5]
     assert x is not None
     assert weight is not None
     assert scale is not None
@@ -147,7 +153,8 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
         y = rows.astype(np.float32) @ w.T
         if bias is not None:
             y = y + bias.astype(np.float32)
-        return (y.reshape(*x.shape[:-1], n).astype(x.dtype),)
+        y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
+        return (y.astype(x.dtype),)
 
 
 def _pitch(group: int) -> int:
@@ -271,7 +278,7 @@ def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) 
 def _kernels(
     attributes: QuantizedLinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
-    x, weight, scale, bias = _operands(inputs)
+    x, weight, scale, bias, residual = _operands(inputs)
     if outputs[0].numel == 0:
         return Kernels(())
     packing = Packing.of(weight, attributes.group_size)
@@ -295,7 +302,8 @@ def _kernels(
     # With an odd number of columns neighbouring rows share words of halves: float32 first, then a pass that rounds.
     detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
     out = scratch_write(len(scratch)) if detour else write(0)
-    main = _product(packing, choice, m, x, scale, bias, scheme, source, out, half_x, capabilities)
+    ending = epilogue_constants(attributes.epilogue, residual)
+    main = _product(packing, choice, m, x, scale, bias, ending, scheme, source, out, half_x, capabilities)
     dispatches = (*dispatches, main)
     if detour:
         dispatches = (*dispatches, round_to_half(m * packing.n, len(scratch), capabilities))
@@ -310,6 +318,7 @@ def _product(
     x: TensorType,
     scale: TensorType,
     bias: TensorType | None,
+    ending: tuple[int, int],
     scheme: Scheme | None,
     source: Arg,
     out: Arg,
@@ -321,6 +330,7 @@ def _product(
     tiles_n = -(-packing.n // choice.tile_n)
     tiles = tiles_n * -(-m // choice.tile_m)
     weights = read(WEIGHT, packing.layout, texels)
+    weights_as_words = read(WEIGHT, packing.layout)
     scales = read(SCALE, packing.scale_layout(scale.dtype) if texels else None, texels)
     bias_code = 0 if bias is None else 1 if bias.dtype is DType.FLOAT32 else 2
     shared = (
@@ -330,6 +340,7 @@ def _product(
         packing.half_groups,
         bias_code,
         x.dtype is DType.FLOAT16 and out.role == "output",
+        *ending,
     )
     if texels:
         # Sums of products below 2^24 are exact in float32; longer groups are summed in pieces of that.
@@ -352,6 +363,7 @@ def _product(
             weights if bias is None else read(BIAS, texels=texels),
             weights if scheme is None else scratch_read(1, texels=texels),
             out,
+            read(RESIDUAL) if ending[1] else weights_as_words,
         ),
         groups=grid(tiles, capabilities, 1),
         constants=constants,

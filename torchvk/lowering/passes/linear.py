@@ -94,7 +94,9 @@ def _add(rewriter: Rewriter, call: Call) -> Value | None:
         slot, n = BIAS[made.op], inner.shape[-1]
         single = rewriter.uses.get(inner, 0) == 1 and rewriter.uses.get(product, 0) == 1
         fits = bias.array is not None and bias.shape[-1:] == (n,) and bias.type.numel == n and product.shape[-1] == n
-        if not single or not fits or made.inputs[slot : slot + 1] not in ((), (None,)):
+        # With an epilogue the addend comes after it: that is no bias.
+        plain = made.attributes.epilogue == "none" and all(value is None for value in made.inputs[slot:])
+        if not single or not fits or not plain:
             continue
         assert bias.array is not None
         flat = constant(bias.array.reshape(n), bias.name)
