@@ -104,15 +104,17 @@ def measure(
     layers: int = 50,
     max_tier: int | None = None,
     kernels: KernelChoice | None = None,
+    variant: str | None = None,
     repeats: int = REPEATS,
     warm: float = WARM_SECONDS,
     rotated: int = ROTATED_BYTES,
 ) -> Timing:
-    """Run the chain; ``kernels`` takes the place of the operator's own choice."""
+    """Run the chain; ``kernels`` takes the place of the operator's own choice, ``variant`` names one of its own."""
     operator = ops.get(layer.op)
     capabilities = device.physical.capabilities(max_tier)
     outputs = operator.infer(layer.attributes, layer.inputs)
-    chosen = (kernels or operator.kernels)(layer.attributes, layer.inputs, outputs, capabilities)
+    case = (layer.attributes, layer.inputs, outputs, capabilities)
+    chosen = (kernels or operator.kernels)(*case) if variant is None else dict(operator.variants(*case))[variant]
     weights = sum(type.nbytes for slot, type in enumerate(layer.inputs) if type is not None and slot)
     sets = max(1, min(layers, -(-rotated // max(weights, 1))))
     plan, wanted = _plan(layer, outputs[0], chosen, capabilities, layers, sets)

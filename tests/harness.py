@@ -53,25 +53,66 @@ def one_node_graph(
     return builder.build(node), arguments
 
 
-def check_plan(graph: Graph, max_tier: int | None = None) -> None:
+def variant_names(
+    name: str,
+    attributes: Any,
+    inputs: Sequence[Array | None],
+    *,
+    constants: Collection[int] = (),
+    int4: Collection[int] = (),
+    max_tier: int | None = None,
+) -> list[str]:
+    """The variants that the operator offers for this case on this device; arguments as for :func:`run_op`.
+
+    Pass each to ``run_op(..., variant=...)``, so that all of them are tested whatever a device would choose.
+    """
+    graph, _ = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
+    node = graph.nodes[0]
+    types = [None if index is None else graph.tensors[index].type for index in node.inputs]
+    outputs = [graph.tensors[index].type for index in node.outputs]
+    operator = ops.get(name)
+    capabilities = open_device().physical.capabilities(tier_cap(max_tier))
+    decoded = operator.decode(node)
+    variants = operator.variants(decoded, types, outputs, capabilities)
+    names = [variant for variant, _ in variants]
+    assert len(set(names)) == len(names), f"two variants of one name: {names}"
+    if variants:
+        assert variants[0][1] == operator.kernels(decoded, types, outputs, capabilities), "the default is not first"
+    return names
+
+
+def _only(graph: Graph, variant: str | None) -> dict[str, str]:
+    """``variant`` for every node of the graph."""
+    if variant is None:
+        return {}
+    classes = {}
+    for node in graph.nodes:
+        types = [None if index is None else graph.tensors[index].type for index in node.inputs]
+        classes[ops.shape_class(node.op, ops.get(node.op).decode(node), types)] = variant
+    return classes
+
+
+def check_plan(graph: Graph, max_tier: int | None = None, variant: str | None = None) -> None:
     """Hold every dispatch of the graph's plan against its SPIR-V, and the plan against the hazard checker."""
     capabilities = open_device().physical.capabilities(tier_cap(max_tier))
     for staged in (False, True):
-        plan = make_plan(graph, capabilities, stage_inputs=staged, stage_outputs=staged)
+        plan = make_plan(graph, capabilities, stage_inputs=staged, stage_outputs=staged, tuned=_only(graph, variant))
         assert hazards(plan) == []
     for step in plan.steps:
         if step.dispatch is not None:
             assert (errors := contract_errors(step.dispatch, capabilities)) == [], errors
 
 
-def run_graph(graph: Graph, inputs: Sequence[Array], *, max_tier: int | None = None) -> tuple[Array, ...]:
-    """The graph's outputs on the Vulkan device.
+def run_graph(
+    graph: Graph, inputs: Sequence[Array], *, max_tier: int | None = None, variant: str | None = None
+) -> tuple[Array, ...]:
+    """The graph's outputs on the Vulkan device; by the ``variant`` of that name where operators offer it.
 
     Outputs, scratch and temporaries are filled with 0xFF first; the validation layers must stay silent.
     """
-    check_plan(graph, max_tier)
+    check_plan(graph, max_tier, variant)
     before = len(validation_messages())
-    with Session(graph, poison=True, max_tier=max_tier) as session:
+    with Session(graph, poison=True, max_tier=max_tier, tuned=_only(graph, variant)) as session:
         outputs = session.run(inputs)
     said = validation_messages()[before:]
     assert not said, "the validation layers said:\n" + "\n".join(said)
@@ -86,7 +127,8 @@ def run_op(
     constants: Collection[int] = (),
     int4: Collection[int] = (),
     max_tier: int | None = None,
+    variant: str | None = None,
 ) -> tuple[Array, ...]:
     """The outputs of one operator, computed on the Vulkan device as :func:`run_graph` does."""
     graph, arguments = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
-    return run_graph(graph, arguments, max_tier=max_tier)
+    return run_graph(graph, arguments, max_tier=max_tier, variant=variant)

@@ -48,6 +48,9 @@ def chosen_for(name: str, **changes: Any) -> Iterator[None]:
         kernels=lambda attributes, inputs, outputs, capabilities: known.kernels(
             attributes, inputs, outputs, replace(capabilities, **changes)
         ),
+        variants=lambda attributes, inputs, outputs, capabilities: known.variants(
+            attributes, inputs, outputs, replace(capabilities, **changes)
+        ),
     )
     try:
         yield

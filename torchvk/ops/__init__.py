@@ -20,10 +20,13 @@ from torchvk.ops.operator import (
     NoAttributes,
     Operator,
     OperatorError,
+    Variants,
     check,
+    choose_kernels,
     get,
     operators,
     register,
+    shape_class,
     supports,
 )
 
@@ -38,9 +41,12 @@ __all__ = [
     "NoAttributes",
     "Operator",
     "OperatorError",
+    "Variants",
     "check",
+    "choose_kernels",
     "get",
     "operators",
     "register",
+    "shape_class",
     "supports",
 ]

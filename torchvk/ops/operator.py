@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import msgspec
@@ -139,6 +140,7 @@ class Kernels:
 
 
 Types = Sequence[TensorType | None]
+Variants = tuple[tuple[str, Kernels], ...]
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,9 @@ class Operator:
     infer(attributes, inputs) -> output types; raises OperatorError with words for operands that make no sense.
     reference(attributes, inputs) -> outputs, NumPy; int4 constants arrive unpacked as int8.
     kernels(attributes, inputs, outputs, capabilities) -> Kernels; pure. Every operator has them, for tier 0 up.
+    variants(attributes, inputs, outputs, capabilities) -> (name, Kernels) of every plausible way to run this case,
+    what ``kernels`` gives first; empty where there is one way. All are correct; which is fastest on a device is
+    measured there. A name says how (tile sizes, splits), so that a choice made for one size can serve another.
     support(attributes, inputs) -> None, or in words why this (meaningful) case cannot run.
     constant_inputs: inputs that must be constants (weights that get packed).
     alias: the output is the first input's bytes with another shape: no kernel runs.
@@ -165,6 +170,9 @@ class Operator:
     constant_inputs: frozenset[int] = frozenset()
     alias: bool = False
     dtypes: tuple[DType, ...] = ()
+    variants: Callable[[Any, Types, Sequence[TensorType], Capabilities], Variants] = (
+        lambda attributes, inputs, outputs, capabilities: ()
+    )
 
     def decode(self, node: Node) -> Any:
         """The node's attributes as this operator's dataclass; raises FormatError."""
@@ -208,6 +216,50 @@ def supports(op: str, attributes: Any, inputs: Types) -> str | None:
     except OperatorError as error:
         return str(error)
     return operator.support(attributes, inputs)
+
+
+def shape_class(op: str, attributes: Any, inputs: Types) -> str:
+    """Cases for which the same variant is taken to be the fastest, as text.
+
+    The operator, its attributes (numbers such as scales and epsilons change no kernel's speed: left out) and the
+    input types. The rows of the first input, and of others with the same rows, count in classes: exactly up to 16,
+    then four classes an octave.
+    """
+    names = [spec.name for spec in fields(attributes)]
+    words = [f"{name}={value}" for name in names if not isinstance(value := getattr(attributes, name), float)]
+    leading = inputs[0].shape[:-1] if inputs and inputs[0] is not None else ()
+
+    def text(type: TensorType | None) -> str:
+        if type is None:
+            return "none"
+        rows = math.prod(type.shape[:-1])
+        sizes = [*type.shape] if type.shape[:-1] != leading else [_size_class(rows), *type.shape[-1:]]
+        return f"{type.dtype.value}{sizes}".replace(" ", "")
+
+    return " ".join([op, *words, *map(text, inputs)])
+
+
+def _size_class(size: int) -> int:
+    """The largest size of the class."""
+    step = 1 << max(0, (size - 1).bit_length() - 3) if size > 16 else 1
+    return -(-size // step) * step
+
+
+def choose_kernels(
+    op: str,
+    attributes: Any,
+    inputs: Types,
+    outputs: Sequence[TensorType],
+    capabilities: Capabilities,
+    tuned: Mapping[str, str],
+) -> Kernels:
+    """The variant that ``tuned`` (shape class → name) names, if the operator offers it here; else its default."""
+    operator = get(op)
+    if tuned and (name := tuned.get(shape_class(op, attributes, inputs))) is not None:
+        for offered, kernels in operator.variants(attributes, inputs, outputs, capabilities):
+            if offered == name:
+                return kernels
+    return operator.kernels(attributes, inputs, outputs, capabilities)
 
 
 def check(graph: Graph) -> None:

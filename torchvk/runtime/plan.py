@@ -6,18 +6,20 @@ stands between stages, so that there is one only where something depends on some
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from torchvk.errors import TorchVkError, UnsupportedError
 from torchvk.graph import DType, Graph
-from torchvk.ops import Capabilities, Dispatch, Layout, get
+from torchvk.ops import Capabilities, Dispatch, Layout, choose_kernels, get
 
 ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
 PADDING = 16  # kernels may read whole uint4 words
 MAX_PUSH = 128  # what Vulkan promises
 TEXEL = 16  # bytes of a uint4
+NOTHING_TUNED: Mapping[str, str] = MappingProxyType({})
 
 Kind = Literal["input", "output", "constant", "arena"]
 
@@ -85,6 +87,7 @@ class _Draft:
 
     graph: Graph
     capabilities: Capabilities
+    tuned: Mapping[str, str] = field(default_factory=dict)
     storages: list[Storage] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
@@ -119,14 +122,20 @@ class _Draft:
 
 
 def make_plan(
-    graph: Graph, capabilities: Capabilities, *, stage_inputs: bool = False, stage_outputs: bool = False
+    graph: Graph,
+    capabilities: Capabilities,
+    *,
+    stage_inputs: bool = False,
+    stage_outputs: bool = False,
+    tuned: Mapping[str, str] = NOTHING_TUNED,
 ) -> Plan:
     """Choose kernels, share storages, drop what is not needed, order, and lay out memory.
 
-    With ``stage_inputs`` (``stage_outputs``) kernels do not touch the input (output) storages, which only the
-    host side of a copy uses. Raises UnsupportedError, naming the node, where a limit of the device is passed.
+    ``tuned`` names the variant to take for a shape class (ops.shape_class), where the operator still offers it.
+    With ``stage_inputs`` (``stage_outputs``) kernels do not touch the input (output) storages, which only the host
+    side of a copy uses. Raises UnsupportedError, naming the node, where a limit of the device is passed.
     """
-    draft = _Draft(graph, capabilities)
+    draft = _Draft(graph, capabilities, tuned)
     inputs = _add_inputs(draft, stage_inputs)
     for position in range(len(graph.nodes)):
         _add_node(draft, position)
@@ -168,7 +177,8 @@ def _add_node(draft: _Draft, position: int) -> None:
         draft.tensors[index] = draft.storage("arena", nbytes)
     types = [None if index is None else graph.tensors[index].type for index in node.inputs]
     output_types = [graph.tensors[index].type for index in node.outputs]
-    kernels = operator.kernels(operator.decode(node), types, output_types, draft.capabilities)
+    attributes = operator.decode(node)
+    kernels = choose_kernels(node.op, attributes, types, output_types, draft.capabilities, draft.tuned)
     for nbytes in kernels.scratch:
         _check_range(draft, nbytes, f"{where}: scratch memory")
     scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]

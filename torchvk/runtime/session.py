@@ -49,8 +49,9 @@ class Session:
     device: index, name substring, None (TORCHVK_DEVICE, else the best), or "reference" for the NumPy references.
     poison: fill outputs and temporaries with 0xFF before every run, to find kernels that leave gaps.
     max_tier: cap of the capability tier (default TORCHVK_MAX_TIER). staged: go through staging buffers even where
-    the host reaches device memory. Raises FormatError for a graph that makes no sense, UnsupportedError where a
-    limit of the device is passed, OutOfMemoryError, VulkanError and ArgumentError for the device.
+    the host reaches device memory. tuned: the variant to run for a shape class (see ops.shape_class).
+    Raises FormatError for a graph that makes no sense, UnsupportedError where a limit of the device is passed,
+    OutOfMemoryError, VulkanError and ArgumentError for the device.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Session:
         poison: bool = False,
         max_tier: int | None = None,
         staged: bool = False,
+        tuned: Mapping[str, str] | None = None,
     ) -> None:
         ops.check(graph)
         self.graph = graph
@@ -72,7 +74,7 @@ class Session:
         if device == reference.NAME:
             self._runner = _OnReference(graph)
             return
-        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged)
+        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged, tuned or {})
         self._finalizer = weakref.finalize(self, self._runner.abandon)
         try:
             self._runner.prepare(tuple(type.shape for type in self._types))
@@ -170,13 +172,22 @@ class _OnReference:
 class _OnDevice:
     """What a session owns on a Vulkan device. Its lock makes calls queue up."""
 
-    def __init__(self, device: Device, graph: Graph, poison: bool, tier: int | None, staged: bool) -> None:
+    def __init__(
+        self,
+        device: Device,
+        graph: Graph,
+        poison: bool,
+        tier: int | None,
+        staged: bool,
+        tuned: Mapping[str, str],
+    ) -> None:
         self.device = device
         self._graph = graph
         self._lock = threading.Lock()
         self._closed = False
         self._poison = poison
         self._staged = staged
+        self._tuned = tuned
         self._capabilities = device.physical.capabilities(max_tier(tier))
         self._constants: dict[Constant, Allocation] = {}
         # Shapes are static today: one entry. With symbolic shapes, one for each set of concrete ones.
@@ -207,7 +218,11 @@ class _OnDevice:
                 self._executions.move_to_end(shapes)
                 return
             plan = make_plan(
-                self._graph, self._capabilities, stage_inputs=self._stage_inputs, stage_outputs=self._stage_outputs
+                self._graph,
+                self._capabilities,
+                stage_inputs=self._stage_inputs,
+                stage_outputs=self._stage_outputs,
+                tuned=self._tuned,
             )
             missing = [constant for constant in plan.constants if constant not in self._constants]
             self._check_memory(plan, missing)
