@@ -157,6 +157,8 @@ def test_errors_are_one_line(cli: Any, model: Path, inputs: list[str], tmp_path:
         assert result.err.startswith("torchvk: ")
         assert result.err.count("\n") == 1
     assert "no-such-device" in cli("run", model, "--device", "no-such-device").err
+    for command in ("run", "profile"):
+        assert "must be 'highest' or 'high', not 'low'" in cli(command, model, "--matmul-precision", "low").err
     assert cli("no-such-command").code == 2
 
 

@@ -17,7 +17,7 @@ from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
 from torchvk.ops import CooperativeMatrixShape
 from torchvk.runtime import DeviceInfo, list_devices
 from torchvk.runtime import vulkan as vk
-from torchvk.runtime.device import TIER_1, TIER_2, PhysicalDevice, choose, max_tier, open_device
+from torchvk.runtime.device import TIER_1, TIER_2, PhysicalDevice, choose, matmul_precision, max_tier, open_device
 from torchvk.runtime.instance import instance, version
 
 CPU = DeviceInfo(0, "llvmpipe (LLVM 15)", "cpu", "llvmpipe", "Mesa 22", "1.3.230", 2 << 30, 1)
@@ -116,6 +116,21 @@ def test_the_tier_cap_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
         max_tier()
     monkeypatch.delenv("TORCHVK_MAX_TIER")
     assert max_tier() is None
+
+
+def test_the_matmul_precision_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHVK_MATMUL_PRECISION", raising=False)
+    assert matmul_precision() == "highest"
+    assert matmul_precision("high") == "high"
+    monkeypatch.setenv("TORCHVK_MATMUL_PRECISION", "high")
+    assert matmul_precision() == "high"
+    assert matmul_precision("highest") == "highest"
+    monkeypatch.setenv("TORCHVK_MATMUL_PRECISION", "medium")
+    with pytest.raises(ArgumentError, match="TORCHVK_MATMUL_PRECISION must be 'highest' or 'high', not 'medium'"):
+        matmul_precision()
+    for wrong in ("", "HIGH"):
+        with pytest.raises(ArgumentError, match=f"matmul_precision must be 'highest' or 'high', not '{wrong}'"):
+            matmul_precision(wrong)
 
 
 def call(functions: vk.Functions, name: str, *arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from torchvk.errors import (
     UnsupportedError,
 )
 from torchvk.graph import DType, TensorType
+from torchvk.ops import Capabilities, Kernels, operator
 from torchvk.runtime import Session, by_operator, chrome_trace, validation_messages
 from torchvk.runtime import session as session_module
 from torchvk.runtime.device import Device, open_device
@@ -41,6 +42,27 @@ def test_a_graph_runs(options: dict[str, Any]) -> None:
             inputs = arithmetic_inputs(seed)
             (result,) = session.run(inputs)
             np.testing.assert_array_equal(result, arithmetic_result(inputs))
+
+
+def test_kernels_are_chosen_for_the_matmul_precision() -> None:
+    """It reaches kernel choice as plain data."""
+    seen: list[str] = []
+    known = operator.get("mul")
+
+    def kernels(attributes: Any, inputs: Any, outputs: Any, capabilities: Capabilities) -> Kernels:
+        seen.append(capabilities.matmul_precision)
+        return known.kernels(attributes, inputs, outputs, capabilities)
+
+    operator._registry["mul"] = replace(known, kernels=kernels)
+    try:
+        for precision in (None, "highest", "high"):
+            Session(arithmetic(), matmul_precision=precision).close()
+    finally:
+        operator._registry["mul"] = known
+    assert set(seen) == {"highest", "high"}
+    for device in (None, "reference"):
+        with pytest.raises(ArgumentError, match="matmul_precision must be 'highest' or 'high', not 'low'"):
+            Session(arithmetic(), device, matmul_precision="low")
 
 
 def test_results_belong_to_the_caller() -> None:

@@ -40,6 +40,12 @@ InputOption = Annotated[
         "--input", "-i", help="An input: a .npy file, or a number where the method takes one. Repeat for several."
     ),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--matmul-precision", help="For float32 matrix products: 'highest' (the default) or 'high', float16 operands."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
@@ -130,6 +136,7 @@ def run(
     ] = None,
     device: DeviceOption = None,
     method: MethodOption = "forward",
+    matmul_precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a method on .npy files and write its outputs to .npy files."""
@@ -138,7 +145,8 @@ def run(
     from torchvk.program import load
 
     progress = Console(stderr=True)
-    with progress.status(f"Loading {model}"), load(model, device, methods=[method]) as program:
+    loading = progress.status(f"Loading {model}")
+    with loading, load(model, device, methods=[method], matmul_precision=matmul_precision) as program:
         called = program.method(method)
         arguments = [_read_input(text, position, called.parameters) for position, text in enumerate(inputs or [])]
         progress_start = time.perf_counter()
@@ -169,6 +177,7 @@ def profile(
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
     device: DeviceOption = None,
     method: MethodOption = "forward",
+    matmul_precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a method: time, share, GB/s and GFLOP/s of every operator. Without inputs: on random numbers."""
@@ -176,7 +185,8 @@ def profile(
     from torchvk.program.profile import COLUMNS, cells_of
 
     progress = Console(stderr=True)
-    with progress.status(f"Profiling {model}"), load(model, device, methods=[method]) as program:
+    loading = progress.status(f"Profiling {model}")
+    with loading, load(model, device, methods=[method], matmul_precision=matmul_precision) as program:
         called = program.method(method)
         arguments: list[Any] = (
             [_read_input(text, position, called.parameters) for position, text in enumerate(inputs)]

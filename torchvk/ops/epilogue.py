@@ -27,7 +27,7 @@ def epilogue_constants(epilogue: Epilogue, residual: TensorType | None) -> tuple
 def apply_epilogue(epilogue: Epilogue, y: Array, residual: Array | None) -> Array:
     """The reference: float32 in, float32 out."""
     with np.errstate(all="ignore"):
-        y = _FUNCTIONS[epilogue](y)
+        y = np.asarray(_FUNCTIONS[epilogue](y))
         return y if residual is None else np.asarray(y + residual.astype(y.dtype))
 
 

@@ -38,11 +38,16 @@ class CooperativeMatrixShape:
     result: str
 
 
+MatmulPrecision = Literal["highest", "high"]
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise.
 
     shuffle: subgroup shuffles, at any tier.
+    matmul_precision: what the user asked of matrix products in float32 graphs: "highest", float32 multiply-add, or
+    "high", which allows float16 operands (matrix units) with float32 accumulation.
     max_texels: texels (uint4) that one Arg with ``texels`` may have; 0 where that is not to be used.
     """
 
@@ -57,6 +62,7 @@ class Capabilities:
     cooperative_matrices: tuple[CooperativeMatrixShape, ...] = ()
     shuffle: bool = False
     max_texels: int = 0
+    matmul_precision: MatmulPrecision = "highest"
 
     @property
     def local_size(self) -> int:

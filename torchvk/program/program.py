@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -210,6 +210,7 @@ def load(
     *,
     methods: Collection[str] | None = None,
     custom_operators: Collection[str] = (),
+    matmul_precision: str | None = None,
 ) -> Program:
     """Load a .pte file.
 
@@ -217,14 +218,17 @@ def load(
     ``to_executorch()`` returned. device: index or name substring of a Vulkan device, ``"reference"`` for the NumPy
     references, or None for ``TORCHVK_DEVICE``, else the best device. methods: which to load; all by default.
     custom_operators: namespaces registered with ``torch.library`` that the file may call on the CPU, besides aten,
-    quantized_decomposed and torchao.
+    quantized_decomposed and torchao. matmul_precision: for float32 matrix products, ``"highest"`` multiplies and
+    adds in float32; ``"high"`` may round the operands to float16 where the device has matrix units, and still adds
+    in float32 (compare ``torch.set_float32_matmul_precision``; values beyond float16's 65504 overflow). None: what
+    ``TORCHVK_MATMUL_PRECISION`` says, else ``"highest"``. float16 graphs do not heed it.
 
     ======================  ==========================================================================
     FormatError             no such file; empty, truncated, damaged, or not a .pte file; a newer version
     UnsupportedError        a delegate of another backend; an operator nobody here can run; external data
     MissingDependencyError  operators that run on the CPU need torch (or torchao), which is not installed
     ArgumentTypeError       ``source`` is none of the above, ``methods`` is no list
-    ArgumentError           no such device, no such method
+    ArgumentError           no such device, no such method, no such precision
     VulkanError             no loader, no driver, no device that is good enough
     OutOfMemoryError        the weights do not fit on the device
     ======================  ==========================================================================
@@ -247,8 +251,14 @@ def load(
         kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
         shared = _Shared(opened.name)
         sessions: dict[tuple[int, int], Session] = {}
+
+        def open_session(delegate: Delegate) -> Session:
+            from torchvk.runtime import Session
+
+            return Session(from_bytes(delegate.data), device, matmul_precision=matmul_precision)
+
         try:
-            loaded = {plan.name: _method(plan, sessions, device, kernels, shared) for plan in wanted}
+            loaded = {plan.name: _method(plan, sessions, open_session, kernels, shared) for plan in wanted}
         except BaseException:
             for session in sessions.values():
                 session.close()
@@ -259,7 +269,7 @@ def load(
 def _method(
     plan: Plan,
     sessions: dict[tuple[int, int], Session],
-    device: str | int | None,
+    open_session: Callable[[Delegate], Session],
     kernels: Mapping[str, operators.Kernel],
     shared: _Shared,
 ) -> Method:
@@ -269,16 +279,10 @@ def _method(
         with located(f"method {plan.name!r}, delegate {index}"):
             key = (np.frombuffer(delegate.data, np.uint8).ctypes.data, len(delegate.data))
             if key not in sessions:
-                sessions[key] = _session(delegate, device)
+                sessions[key] = open_session(delegate)
             own.append(sessions[key])
     with located(f"method {plan.name!r}"):
         return Method(plan, own, kernels, shared)
-
-
-def _session(delegate: Delegate, device: str | int | None) -> Session:
-    from torchvk.runtime import Session
-
-    return Session(from_bytes(delegate.data), device)
 
 
 def _called(plan: Plan) -> set[str]:

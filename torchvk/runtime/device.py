@@ -9,10 +9,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
-from torchvk.ops import Capabilities, CooperativeMatrixShape
+from torchvk.ops import Capabilities, CooperativeMatrixShape, MatmulPrecision
 from torchvk.runtime import vulkan as vk
 from torchvk.runtime.instance import API_VERSION, INSTALL_DRIVER, Instance, instance, version, version_text
 from torchvk.runtime.memory import Allocator
@@ -410,3 +410,13 @@ def max_tier(explicit: int | None = None) -> int | None:
     if text not in ("0", "1", "2"):
         raise ArgumentError(f"TORCHVK_MAX_TIER must be 0, 1 or 2, not {text!r}")
     return int(text)
+
+
+def matmul_precision(explicit: str | None = None) -> MatmulPrecision:
+    """What the user asks of float32 matrix products: the argument, else TORCHVK_MATMUL_PRECISION, else "highest"."""
+    text = explicit if explicit is not None else os.environ.get("TORCHVK_MATMUL_PRECISION") or "highest"
+    for known in get_args(MatmulPrecision):
+        if text == known:
+            return known  # type: ignore[no-any-return]
+    where = "matmul_precision" if explicit is not None else "TORCHVK_MATMUL_PRECISION"
+    raise ArgumentError(f"{where} must be 'highest' or 'high', not {text!r}")

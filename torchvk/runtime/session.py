@@ -7,7 +7,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ import numpy as np
 from torchvk import ops
 from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, DeviceLostError
 from torchvk.graph import Graph
+from torchvk.ops import MatmulPrecision
 from torchvk.runtime import reference
 from torchvk.runtime.device import Device, DeviceInfo, default_request, forget, max_tier, open_device
+from torchvk.runtime.device import matmul_precision as asked_precision
 from torchvk.runtime.execution import Execution
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.plan import Constant, Kind, Plan, make_plan
@@ -50,6 +52,7 @@ class Session:
     poison: fill outputs and temporaries with 0xFF before every run, to find kernels that leave gaps.
     max_tier: cap of the capability tier (default TORCHVK_MAX_TIER). staged: go through staging buffers even where
     the host reaches device memory. tuned: the variant to run for a shape class (see ops.shape_class).
+    matmul_precision: "highest" or "high" (default TORCHVK_MATMUL_PRECISION, else "highest"); see :func:`torchvk.load`.
     Raises FormatError for a graph that makes no sense, UnsupportedError where a limit of the device is passed,
     OutOfMemoryError, VulkanError and ArgumentError for the device.
     """
@@ -63,8 +66,10 @@ class Session:
         max_tier: int | None = None,
         staged: bool = False,
         tuned: Mapping[str, str] | None = None,
+        matmul_precision: str | None = None,
     ) -> None:
         ops.check(graph)
+        precision = asked_precision(matmul_precision)
         self.graph = graph
         self._types = [graph.tensors[index].type for index in graph.inputs]
         self._expected = [(type.dtype.numpy, type.shape) for type in self._types]
@@ -74,7 +79,7 @@ class Session:
         if device == reference.NAME:
             self._runner = _OnReference(graph)
             return
-        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged, tuned or {})
+        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged, tuned or {}, precision)
         self._finalizer = weakref.finalize(self, self._runner.abandon)
         try:
             self._runner.prepare(tuple(type.shape for type in self._types))
@@ -180,6 +185,7 @@ class _OnDevice:
         tier: int | None,
         staged: bool,
         tuned: Mapping[str, str],
+        precision: MatmulPrecision,
     ) -> None:
         self.device = device
         self._graph = graph
@@ -188,7 +194,7 @@ class _OnDevice:
         self._poison = poison
         self._staged = staged
         self._tuned = tuned
-        self._capabilities = device.physical.capabilities(max_tier(tier))
+        self._capabilities = replace(device.physical.capabilities(max_tier(tier)), matmul_precision=precision)
         self._constants: dict[Constant, Allocation] = {}
         # Shapes are static today: one entry. With symbolic shapes, one for each set of concrete ones.
         self._executions: OrderedDict[object, Execution] = OrderedDict()
