@@ -32,7 +32,7 @@ def apply_epilogue(epilogue: Epilogue, y: Array, residual: Array | None) -> Arra
 
 
 def _relu(x: Array) -> Array:
-    return np.maximum(x, x.dtype.type(0))
+    return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
 _FUNCTIONS: dict[Epilogue, Callable[[Array], Array]] = {
