@@ -47,6 +47,7 @@ docs: setup
 	$(BIN)/python tools/generate_docs.py
 
 bench: setup
+	$(BIN)/python -m benchmarks.call
 	$(BIN)/python -m benchmarks.linear
 
 clean:

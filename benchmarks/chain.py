@@ -50,6 +50,12 @@ class Layer:
     inputs: tuple[TensorType | None, ...]
     constants: dict[int, Array]
 
+    def with_rows(self, m: int) -> Layer:
+        """The same layer for x of m rows."""
+        x = self.inputs[0]
+        assert x is not None
+        return replace(self, inputs=(TensorType(x.dtype, (m, *x.shape[1:])), *self.inputs[1:]))
+
 
 def quantized_linear(
     m: int,

@@ -1,248 +1,204 @@
-"""One quantized linear through Program.__call__, side by side with NumPy's float32 matmul; and loading MiniLM.
+"""Linear layers on the device: every scheme, by timestamps, beside the limits of the device and PyTorch's own kernels.
 
-    python -m benchmarks.linear [--device NAME] [--json FILE]
+    python -m benchmarks.linear [--device NAME] [--schemes 8da4w,4w] [--sizes 4096x4096] [--rows 1,16] [--json FILE]
+    python -m benchmarks.linear --sweep [--json FILE]
 
-All columns of a row are measured in turns in one run, host copies included; the smallest time of many counts, since
-whatever else the machine does only adds. NumPy's time is the CPU's own speed: on lavapipe it says how far the
-CPU driver is from it, on a GPU it is no anchor.
+A row is a chain of dependent layers (benchmarks/chain.py): activation quantization, bias and output conversion count,
+so do the barriers between layers. "limit" is the time that the bytes that must move take at the bandwidth of a copy,
+or the multiplications at the peak of their unit, whichever is longer, both measured in the same run; "share" is limit
+over time. Where PyTorch has CUDA its kernels are timed beside. ``benchmarks.roofline`` draws the JSON.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import torchvk
-from torchvk.runtime import list_devices
+from benchmarks import anchors
+from benchmarks.chain import Layer, Timing, linear, measure, quantized_linear
+from benchmarks.limits import Limits, measure_limits
+from torchvk.graph import DType
+from torchvk.runtime.device import Device, open_device
 
-K = N = 1024
-SECONDS = 2.0  # for each row
+# "/32" and "/16" say what activations and results are outside: float32 or float16.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "8da4w/32": {"bits": 4, "group": 32, "activation": "dynamic_per_token", "dtype": DType.FLOAT32},
+    "8da4w/16": {"bits": 4, "group": 32, "activation": "dynamic_per_token", "dtype": DType.FLOAT16},
+    "8da8w/32": {"bits": 8, "group": 0, "activation": "dynamic_per_token", "dtype": DType.FLOAT32},
+    "8da8w/16": {"bits": 8, "group": 0, "activation": "dynamic_per_token", "dtype": DType.FLOAT16},
+    "4w/16": {"bits": 4, "group": 32, "dtype": DType.FLOAT16},
+    "4w/32": {"bits": 4, "group": 32, "dtype": DType.FLOAT32},
+    "8w/16": {"bits": 8, "group": 0, "dtype": DType.FLOAT16},
+    "8w/32": {"bits": 8, "group": 0, "dtype": DType.FLOAT32},
+    "fp16": {"dtype": DType.FLOAT16},
+    "fp32": {"dtype": DType.FLOAT32},
+}
+SIZES = ("4096x4096", "14336x4096", "4096x14336")
+ROWS = (1, 2, 4, 8, 16, 128, 512, 2048)
+SWEEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 513, 1024, 2048, 4096, 8192)
+SWEEP_SIZES = (512, 1024, 2048, 4096, 4100, 8192, 16384)
 
 
 @dataclass(frozen=True)
-class LinearResult:
-    """Times in seconds; ``kernels`` by the device's timestamps. bytes and flops: of the kernels, counted."""
+class Row:
+    """Seconds of a layer. limit: see above; bound: which of the two it is. peers: PyTorch's seconds by kernel."""
 
     scheme: str
+    n: int
+    k: int
     m: int
-    call: float
-    numpy: float
-    kernels: float
+    seconds: float
+    spread: float
+    dispatches: int
     bytes: int
     flops: int
+    limit: float
+    bound: str
+    peers: dict[str, float]
 
 
-@dataclass(frozen=True)
-class LoadResult:
-    """``host_bytes``: peak resident memory that loading added, less the device's share of it."""
-
-    seconds: float
-    file_bytes: int
-    host_bytes: int
-    device_bytes: int
+def layer_of(scheme: str, m: int, n: int, k: int) -> Layer:
+    options = SCHEMES[scheme]
+    return quantized_linear(m, n, k, **options) if "bits" in options else linear(m, n, k, **options)
 
 
-def smallest(*functions: Callable[[], Any]) -> list[float]:
-    """Smallest time of each, called in turns for SECONDS."""
-    times = [float("inf")] * len(functions)
-    for function in functions:
-        function()
-    until = time.perf_counter() + SECONDS
-    while time.perf_counter() < until:
-        for position, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            times[position] = min(times[position], time.perf_counter() - start)
-    return times
+def compulsory_bytes(layer: Layer, m: int, n: int) -> int:
+    """What must be read once and written once: operands and result."""
+    x = layer.inputs[0]
+    assert x is not None
+    return sum(type.nbytes for type in layer.inputs if type is not None) + m * n * x.dtype.bits // 8
 
 
-def quantized_linear(scheme: str, m: int) -> bytes:
-    """A .pte of one linear N = K = 1024 on float32 [m, 1024]."""
-    import torch
-    from executorch.exir import to_edge_transform_and_lower
-    from torchao.quantization.granularity import PerGroup
-    from torchao.quantization.quant_api import (
-        Int8DynamicActivationIntxWeightConfig,
-        IntxWeightOnlyConfig,
-        quantize_,
-    )
-    from torchao.utils import unwrap_tensor_subclass
-
-    from torchvk.partitioner.vulkan_partitioner import VulkanPartitioner
-
-    model = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False)).eval()
-    config = {
-        "8da4w": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
-        "4w": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
-    }
-    if scheme in config:
-        quantize_(model, config[scheme])
-        unwrap_tensor_subclass(model)
-    exported = torch.export.export(model, (torch.randn(m, K),))
-    edge = to_edge_transform_and_lower(exported, partitioner=[VulkanPartitioner()])
-    buffer: bytes = edge.to_executorch().buffer
-    return buffer
+def peak_of(scheme: str, limits: Limits) -> float:
+    """Operations a second of the unit that the scheme's multiplications run on at large M."""
+    if scheme.startswith("8da"):
+        return limits.int8 or limits.dot8
+    if SCHEMES[scheme]["dtype"] is DType.FLOAT16:
+        return limits.float16 or limits.float32
+    return limits.float32
 
 
-def measure_linear(scheme: str, m: int, device: str | None) -> LinearResult:
-    """One row of the table."""
-    generator = np.random.default_rng(m)
-    x = generator.standard_normal((m, K), dtype=np.float32)
-    w = generator.standard_normal((N, K), dtype=np.float32)
-    with torchvk.load(quantized_linear(scheme, m), device) as program:
-        call, peer = smallest(lambda: program(x), lambda: x @ w.T)
-        profiles = [program.profile(x) for _ in range(20)]
-    best = min(profiles, key=lambda profile: sum(record.seconds for record in profile.records))
-    return LinearResult(
+def row_of(scheme: str, layer: Layer, m: int, n: int, k: int, timing: Timing, limits: Limits) -> Row:
+    moved, flops = compulsory_bytes(layer, m, n), 2 * m * n * k
+    by_bytes, by_flops = moved / limits.bandwidth, flops / peak_of(scheme, limits)
+    bound = "bytes" if by_bytes > by_flops else "operations"
+    return Row(
         scheme,
+        n,
+        k,
         m,
-        call,
-        peer,
-        sum(record.seconds for record in best.records),
-        sum(record.bytes for record in best.records),
-        sum(record.flops for record in best.records),
+        timing.seconds,
+        timing.spread,
+        timing.dispatches,
+        moved,
+        flops,
+        max(by_bytes, by_flops),
+        bound,
+        {},
     )
 
 
-def measure_python(device: str | None) -> float:
-    """Python's share of a call in seconds: a program of one delegate and four inputs, less submit and wait."""
-    import torch
-    from executorch.exir import to_edge_transform_and_lower
-
-    from torchvk.partitioner.vulkan_partitioner import VulkanPartitioner
-    from torchvk.runtime.execution import Execution
-
-    class Sum(torch.nn.Module):
-        def forward(self, a: Any, b: Any, c: Any, d: Any) -> Any:
-            return a * b + c * d
-
-    tensors = tuple(torch.randn(4, 16) for _ in range(4))
-    edge = to_edge_transform_and_lower(torch.export.export(Sum(), tensors), partitioner=[VulkanPartitioner()])
-    arrays = [tensor.numpy() for tensor in tensors]
-    waited = 0.0
-    submit = Execution._submit
-
-    def timed(self: Execution, submission: Any) -> None:
-        nonlocal waited
-        start = time.perf_counter()
-        submit(self, submission)
-        waited += time.perf_counter() - start
-
-    def share() -> float:
-        nonlocal waited
-        waited = 0.0
-        start = time.perf_counter()
-        program(*arrays)
-        return time.perf_counter() - start - waited
-
-    with torchvk.load(edge.to_executorch().buffer, device) as program:
-        Execution._submit = timed  # type: ignore[method-assign]
-        try:
-            return float(np.median([share() for _ in range(2000)]))
-        finally:
-            Execution._submit = submit  # type: ignore[method-assign]
+def cases(sweep: bool, schemes: Iterable[str], sizes: Iterable[str], rows: Iterable[int]) -> Iterator[Any]:
+    """(scheme, m, n, k) in an order that keeps equal weights together."""
+    if not sweep:
+        yield from ((s, m, *map(int, size.split("x"))) for s in schemes for size in sizes for m in rows)
+        return
+    for scheme in schemes:
+        yield from ((scheme, m, 4096, 4096) for m in SWEEP_ROWS)
+        yield from ((scheme, m, size, size) for size in SWEEP_SIZES for m in (1, 512))
 
 
-LOAD = """
-import json, sys, time
-import torchvk
-from torchvk.runtime.device import open_device
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-device = open_device(sys.argv[2] or None)
-before = status("VmRSS")
-start = time.perf_counter()
-program = torchvk.load(sys.argv[1], sys.argv[2] or None)
-seconds = time.perf_counter() - start
-peak = status("VmHWM")
-allocated = device.allocator.usage()[1]
-print(json.dumps([seconds, peak - before, allocated if device.info.kind == "cpu" else 0, allocated]))
-"""
+def run(device: Device, wanted: Iterable[Any], limits: Limits, tier: int | None, layers: int) -> Iterator[Row]:
+    known: dict[tuple[str, int, int], Layer] = {}
+    for number, (scheme, m, n, k) in enumerate(wanted):
+        key = (scheme, n, k)
+        if key not in known:
+            known = {key: layer_of(scheme, 1, n, k)}
+        layer = known[key].with_rows(m)
+        # A chain long enough to fill the device; one layer of the largest products alone does that.
+        length = max(4, min(layers, int(3e13 / (2 * m * n * k)) or 1))
+        timing = measure(device, layer, layers=length, max_tier=tier, warm=1.0 if number == 0 else 0.15)
+        yield row_of(scheme, layer, m, n, k, timing, limits)
 
 
-def measure_load(device: str | None, folder: Path) -> LoadResult:
-    """Load the 8da4w MiniLM (batch 1, 128 tokens) in a fresh process without torch."""
-    import torch
-    from executorch.exir import to_edge_transform_and_lower
+def peers(m: int, n: int, k: int) -> dict[str, float]:
+    """PyTorch's kernels on CUDA for these sizes."""
+    found = {"bf16": anchors.bf16(m, n, k), "int8": anchors.int8(m, n, k), "int4": anchors.int4(m, n, k)}
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
 
-    from examples.sentence_encoder import SENTENCES, load_encoder, quantize, tokenize
-    from torchvk.partitioner.vulkan_partitioner import VulkanPartitioner
 
-    path = folder / "minilm-8da4w.pte"
-    inputs = tokenize(SENTENCES[:1], 128)
-    exported = torch.export.export(quantize(load_encoder(), "8da4w", inputs), inputs)
-    to_edge_transform_and_lower(exported, partitioner=[VulkanPartitioner()]).to_executorch().save(str(path))
-    # The first load fills the pipeline cache, as a first start of the user's does.
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, str(path), device or ""], check=True, capture_output=True, text=True
+def rate(operations: float) -> str:
+    """Operations a second with a unit."""
+    return f"{operations / 1e12:.1f} T" if operations >= 1e12 else f"{operations / 1e9:.1f} G"
+
+
+def table_of(rows: Iterable[Row], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("scheme", "N x K", "M", "time", "limit", "share", "GB/s", "OP/s", "torch bf16", "int8", "int4"):
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for row in rows:
+        beside = [f"{row.peers[name] * 1e6:.1f} µs" if name in row.peers else "" for name in ("bf16", "int8", "int4")]
+        table.add_row(
+            row.scheme,
+            f"{row.n}x{row.k}",
+            str(row.m),
+            f"{row.seconds * 1e6:.1f} µs",
+            f"{row.limit * 1e6:.1f} µs ({row.bound})",
+            f"{row.limit / row.seconds:.0%}",
+            f"{row.bytes / row.seconds / 1e9:.0f}",
+            rate(row.flops / row.seconds),
+            *beside,
         )
-    seconds, grown, shared, allocated = json.loads(done.stdout)
-    return LoadResult(seconds, path.stat().st_size, grown - shared, allocated)
+    return table
 
 
 def main(
     device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
+    schemes: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SCHEMES),
+    sizes: Annotated[str, typer.Option(help="NxK, comma-separated.")] = "",
+    rows: Annotated[str, typer.Option(help="M, comma-separated.")] = "",
+    sweep: Annotated[bool, typer.Option(help="M = 1 … 8192 and N = K = 512 … 16384.")] = False,
+    max_tier: Annotated[int | None, typer.Option(help="Cap of the capability tier.")] = None,
+    layers: Annotated[int, typer.Option(help="Length of the chain.")] = 50,
+    torch: Annotated[bool, typer.Option(help="Time PyTorch's CUDA kernels beside.")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
-    """Measure one quantized linear and the loading of MiniLM."""
+    """Time linear layers on the device."""
     warnings.filterwarnings("ignore")
-    console = Console()
-    with console.status("measuring") as status, tempfile.TemporaryDirectory() as folder:
-        results = []
-        for scheme in ("8da4w", "4w", "fp32"):
-            for m in (1, 32):
-                status.update(f"{scheme}, M = {m}")
-                results.append(measure_linear(scheme, m, device))
-        status.update("Python's share of a call")
-        python = measure_python(device)
-        status.update("loading MiniLM")
-        load = measure_load(device, Path(folder))
-        with torchvk.load(quantized_linear("fp32", 1), device) as program:
-            name = program.profile(np.zeros((1, K), np.float32)).device
-    driver = next((f"{info.driver} {info.driver_version}" for info in list_devices() if info.name == name), "")
-    table = Table(title=f"Linear N = K = {K}, float32 in and out, on {name} ({driver})")
-    for column in ("scheme", "M", "call", "NumPy fp32", "ratio", "kernels", "GB/s", "GFLOP/s"):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
-    for result in results:
-        table.add_row(
-            result.scheme,
-            str(result.m),
-            f"{result.call * 1e6:.0f} µs",
-            f"{result.numpy * 1e6:.0f} µs",
-            f"{result.call / result.numpy:.1f}",
-            f"{result.kernels * 1e6:.0f} µs",
-            f"{result.bytes / result.kernels / 1e9:.1f}",
-            f"{result.flops / result.kernels / 1e9:.1f}",
-        )
-    console.print(table)
-    console.print(f"Python's share of a call with four inputs: {python * 1e6:.0f} µs")
+    console = Console(width=140)
+    opened = open_device(device)
+    small = opened.info.kind == "cpu"
+    limits = measure_limits(opened, max_tier)
+    name = f"{opened.info.name} ({opened.info.driver} {opened.info.driver_version})"
     console.print(
-        f"Loading MiniLM 8da4w: {load.seconds:.2f} s, file {load.file_bytes / 1e6:.1f} MB, host memory "
-        f"{load.host_bytes / 1e6:.1f} MB ({load.host_bytes / load.file_bytes:.2f} of the file), "
-        f"device memory {load.device_bytes / 1e6:.1f} MB"
+        f"{name}: copy {limits.bandwidth / 1e9:.0f} GB/s; operations a second: float32 {rate(limits.float32)}, 8-bit "
+        f"dot products {rate(limits.dot8)}, matrix units float16 {rate(limits.float16)}, int8 {rate(limits.int8)}"
     )
+    chosen_sizes = sizes.split(",") if sizes else ["512x512", "1024x1024"] if small else list(SIZES)
+    chosen_rows = [int(m) for m in rows.split(",")] if rows else [1, 4, 32] if small else list(ROWS)
+    known: dict[Any, dict[str, float]] = {}
+    results = []
+    for row in run(opened, cases(sweep, schemes.split(","), chosen_sizes, chosen_rows), limits, max_tier, layers):
+        if torch and not sweep and anchors.available():
+            key = (row.m, row.n, row.k)
+            known[key] = known.get(key) or peers(*key)
+            row.peers.update(known[key])
+        results.append(row)
+    console.print(table_of(results, f"Linear layers on {name}"))
     if output is not None:
-        rows = [asdict(result) for result in results]
-        output.write_text(
-            json.dumps({"device": name, "driver": driver, "linear": rows, "python": python, "load": asdict(load)})
-        )
+        today = datetime.date.today().isoformat()
+        facts = {"device": opened.info.name, "driver": f"{opened.info.driver} {opened.info.driver_version}"}
+        rows_of = [asdict(row) for row in results]
+        output.write_text(json.dumps({**facts, "date": today, "limits": asdict(limits), "rows": rows_of}, indent=1))
 
 
 if __name__ == "__main__":
