@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.linear import rate
+
 UNITS = {
     "float32": "float32",
     "dot8": "8-bit dot products",
@@ -40,13 +42,13 @@ def draw(results: dict[str, Any], target: Path) -> None:
             continue
         knee = peak / limits["bandwidth"]
         axes.plot([max(knee, left), right], [peak, peak], color="0.55", linewidth=1)
-        axes.text(right, peak, f" {label}, {peak / 1e12:.0f} T/s", va="center", fontsize=8, color="0.35")
+        axes.text(right, peak, f" {label}, {rate(peak)}/s", va="center", fontsize=8, color="0.35")
     top = max(limits[name] for name in UNITS)
     axes.plot([left, top / limits["bandwidth"]], [left * limits["bandwidth"], top], color="0.3", linewidth=1.2)
     axes.text(
         left * 1.15,
         left * 1.6 * limits["bandwidth"],
-        f"copy, {limits['bandwidth'] / 1e12:.2f} TB/s",
+        f"copy, {limits['bandwidth'] / 1e9:.0f} GB/s",
         rotation=38,
         fontsize=8,
         color="0.3",
