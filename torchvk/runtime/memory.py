@@ -1,4 +1,4 @@
-"""Device memory: sub-allocation from large blocks, each one VkDeviceMemory under one VkBuffer."""
+"""Device memory: sub-allocation from blocks, each one VkDeviceMemory under one VkBuffer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from torchvk.runtime import vulkan as vk
 if TYPE_CHECKING:
     from torchvk.runtime.device import Device
 
-BLOCK_SIZE = 64 << 20
+# Small allocations share blocks, of no more than they need; a large one has a block of its own. So the end of a full
+# block, where the next small one found no room, is at most LARGE / LARGEST_BLOCK = 3 % of it.
+LARGE = 16 << 20
+LARGEST_BLOCK = 512 << 20
+GRANULE = 64 << 10  # drivers hand out memory in pages of at least this
 ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
 USAGE = (
     vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT
@@ -93,6 +97,24 @@ class Allocation:
         return self.block.mapped[self.offset : self.offset + self.size]
 
 
+def aligned(size: int) -> int:
+    """What an allocation of ``size`` bytes takes."""
+    return max(-(-size // ALIGNMENT), 1) * ALIGNMENT
+
+
+def block_size(size: int, following: Sequence[int]) -> int:
+    """The block to make for an (aligned) allocation that no block has room for: for it alone if it is large, else
+    for the small ones that follow it, too."""
+    if size > LARGE:
+        return size
+    for more in map(aligned, following):
+        if more <= LARGE:
+            if size + more > LARGEST_BLOCK:
+                break
+            size += more
+    return -(-size // GRANULE) * GRANULE
+
+
 class Allocator:
     """Memory of one device. The caller holds the device's lock."""
 
@@ -123,15 +145,17 @@ class Allocator:
         self._functions.vkCreateBuffer(self._device, info, vk.ffi.NULL, buffer)
         return buffer[0]
 
-    def allocate(self, size: int, use: Use, what: str = "buffer") -> Allocation:
-        """``size`` bytes, aligned to 256; raises OutOfMemoryError with numbers, naming ``what``."""
+    def allocate(self, size: int, use: Use, what: str = "buffer", following: Sequence[int] = ()) -> Allocation:
+        """``size`` bytes, aligned to 256; raises OutOfMemoryError with numbers, naming ``what``.
+
+        ``following``: sizes, perhaps roughly, that will be asked for next, so that a block is made for all of them.
+        """
         type = self._type_for(use)
-        size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
-        small = size <= BLOCK_SIZE // 2
-        for block in self._blocks if small else ():
+        size = aligned(size)
+        for block in self._blocks if size <= LARGE else ():
             if block.type == type and (offset := _take(block, size)) is not None:
                 return Allocation(block, offset, size)
-        block = self._new_block(size, type, what, share=small)
+        block = self._new_block(size, type, what, block_size(size, following))
         offset = _take(block, size)
         assert offset is not None
         return Allocation(block, offset, size)
@@ -181,9 +205,9 @@ class Allocator:
                     f"{left:,} of {self._heaps[heap]:,} are available"
                 )
 
-    def _new_block(self, needed: int, type: int, what: str, share: bool) -> Block:
-        """A block of ``needed`` bytes, or a larger one for later allocations to share."""
-        flags, heap = self._types[type]
+    def _new_block(self, needed: int, type: int, what: str, wanted: int) -> Block:
+        """A block of ``wanted`` bytes, or where there are not so many, of what is ``needed`` at least."""
+        heap = self._types[type][1]
         left = self.available(heap)
         name = self._physical.info.name
         if needed > self._largest:
@@ -195,10 +219,20 @@ class Allocator:
                 f"{what} needs {needed:,} bytes; {left:,} of the {self._heaps[heap]:,} bytes of memory of {name!r} "
                 "are available"
             )
-        # Small heaps get small blocks.
-        size = max(needed, min(BLOCK_SIZE, self._heaps[heap] // 64)) if share else needed
-        size = size if size <= left else needed
+        size = max(needed, min(wanted, self._largest)) if wanted <= left else needed
+        try:
+            return self._create_block(size, type)
+        except OutOfMemoryError as error:
+            if size > needed:
+                return self._new_block(needed, type, what, needed)
+            raise OutOfMemoryError(
+                f"{what} needs {needed:,} bytes and the driver refused them ({error}); {left:,} of "
+                f"{self._heaps[heap]:,} bytes seemed available on {name!r}"
+            ) from None
+
+    def _create_block(self, size: int, type: int) -> Block:
         functions, device = self._functions, self._device
+        flags, heap = self._types[type]
         buffer = self._create_buffer(size)
         memory = vk.ffi.new("VkDeviceMemory *")
         try:
@@ -212,14 +246,9 @@ class Allocator:
                 pointer = vk.ffi.new("void **")
                 functions.vkMapMemory(device, memory[0], 0, vk.VK_WHOLE_SIZE, 0, pointer)
                 mapped = np.frombuffer(vk.ffi.buffer(pointer[0], size), np.uint8)
-        except BaseException as error:
+        except BaseException:
             functions.vkDestroyBuffer(device, buffer, vk.ffi.NULL)
             functions.vkFreeMemory(device, memory[0], vk.ffi.NULL)
-            if isinstance(error, OutOfMemoryError):
-                raise OutOfMemoryError(
-                    f"{what} needs {needed:,} bytes and the driver refused them ({error}); {left:,} of "
-                    f"{self._heaps[heap]:,} bytes seemed available on {name!r}"
-                ) from None
             raise
         block = Block(memory[0], buffer, size, type, mapped, [(0, size)])
         self._blocks.append(block)

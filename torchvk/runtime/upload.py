@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,13 @@ from torchvk.errors import UnsupportedError
 from torchvk.graph import Graph
 from torchvk.runtime import vulkan as vk
 from torchvk.runtime.device import Device
-from torchvk.runtime.memory import Allocation
+from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.plan import Constant
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 CHUNK = 8 << 20
+THREADS = 4  # that pack and copy
 SLOTS = 2  # one is filled while the other is copied
 FOREVER = 2**64 - 1
 
@@ -26,36 +30,63 @@ def upload_constants(
 ) -> dict[Constant, Allocation]:
     """Put every constant into device memory, packed by its layout first. The caller frees the allocations.
 
-    Packed constants exist in host memory one at a time; the others are read straight from the graph's bytes.
-    ``staged`` forces the way of cards whose memory the host cannot reach. Raises OutOfMemoryError, and
-    UnsupportedError for one that is too large to bind.
+    Constants are packed several at a time, each in host memory only until it is written; the others are read
+    straight from the graph's bytes. ``staged`` forces the way of cards whose memory the host cannot reach. Raises
+    OutOfMemoryError, and UnsupportedError for one that is too large to bind.
     """
     direct = device.allocator.types["direct"] is not None and not staged
-    ring = None if direct else _Ring(device)
-    result: dict[Constant, Allocation] = {}
+    upload = _Upload(device, graph, constants, None if direct else _Ring(device))
     try:
-        for constant in constants:
-            name = f"constant {graph.tensors[constant.tensor].name!r}"
-            data = constant_bytes(graph, constant)
-            limit = device.physical.limits.maxStorageBufferRange
-            if data.size > limit:
-                raise UnsupportedError(f"{name} has {data.size:,} bytes; this device binds at most {limit:,} at once")
-            result[constant] = device.allocator.allocate(data.size, "direct" if direct else "device", name)
-            if ring is None:
-                result[constant].bytes()[: data.size] = data
-            else:
-                ring.write(data, result[constant])
-        if ring is not None:
-            ring.finish()
+        # Packing and copying are NumPy's, which lets other threads run meanwhile. Largest first: no long tail.
+        order = sorted(constants, key=lambda constant: -graph.tensors[constant.tensor].type.nbytes)
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, THREADS)) as pool:
+            jobs = [pool.submit(upload.one, constant) for constant in order]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                for job in jobs:
+                    job.cancel()
+                raise
+        if upload.ring is not None:
+            upload.ring.finish()
     except BaseException:
-        if ring is not None:
-            ring.close()
-        for allocation in result.values():
+        for allocation in upload.done.values():
             device.allocator.free(allocation)
         raise
-    if ring is not None:
-        ring.close()
-    return result
+    finally:
+        if upload.ring is not None:
+            upload.ring.close()
+    return upload.done
+
+
+class _Upload:
+    """The constants of one graph on their way. ``done`` holds those that have memory."""
+
+    def __init__(self, device: Device, graph: Graph, constants: Sequence[Constant], ring: _Ring | None) -> None:
+        self.ring = ring
+        self.done: dict[Constant, Allocation] = {}
+        self._device = device
+        self._graph = graph
+        self._waiting = {constant: graph.tensors[constant.tensor].type.nbytes for constant in constants}
+        self._lock = threading.Lock()
+
+    def one(self, constant: Constant) -> None:
+        """Pack, allocate and write; for several threads."""
+        name = f"constant {self._graph.tensors[constant.tensor].name!r}"
+        data = constant_bytes(self._graph, constant)
+        limit = self._device.physical.limits.maxStorageBufferRange
+        if data.size > limit:
+            raise UnsupportedError(f"{name} has {data.size:,} bytes; this device binds at most {limit:,} at once")
+        with self._lock:
+            del self._waiting[constant]
+            use: Use = "direct" if self.ring is None else "device"
+            following = tuple(self._waiting.values())
+            self.done[constant] = self._device.allocator.allocate(data.size, use, name, following)
+            if self.ring is not None:
+                self.ring.write(data, self.done[constant])
+        if self.ring is None:
+            self.done[constant].bytes()[: data.size] = data
 
 
 def constant_bytes(graph: Graph, constant: Constant) -> Bytes:
