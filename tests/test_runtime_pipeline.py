@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,30 @@ def test_pipelines_are_made_once() -> None:
         assert device.pipelines.get([some_key()]) == [first]
     finally:
         device.close()
+
+
+def test_started_pipelines_are_compiled_in_the_background() -> None:
+    device = Device(open_device().physical)
+    try:
+        device.pipelines.start([some_key(), some_key(local_size=16)])
+        assert device.pipelines.ready([some_key(), some_key(local_size=16)], time.perf_counter() + 60)
+        assert device.pipelines.ready([some_key()], 0.0)
+        device.pipelines.cancel()
+        assert len(device.pipelines.get([some_key()])) == 1
+        device.pipelines.start([some_key(local_size=24), PipelineKey("no_such_kernel", (), 1)])
+    finally:
+        device.close()  # while they are made
+
+
+def test_the_cache_is_not_written_again_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHVK_CACHE_DIR", str(tmp_path))
+    written: list[int] = []
+    monkeypatch.setattr(pipeline, "write_cache", lambda path, data: written.append(len(data)))
+    device = Device(open_device().physical)
+    for _ in range(3):
+        device.pipelines.get([some_key()])
+    device.close()
+    assert len(written) <= 1
 
 
 def test_an_unknown_kernel_is_an_error_and_the_others_are_kept() -> None:

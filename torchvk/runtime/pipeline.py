@@ -9,8 +9,9 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ log = logging.getLogger("torchvk.vulkan")
 
 PUSH_SIZE = 128
 DIGEST_SIZE = hashlib.sha256().digest_size
+THREADS = 16
+
+Identity = tuple[str, bytes, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,9 @@ class PipelineKey:
             for value in self.constants
         )
 
+    def identity(self) -> Identity:
+        return self.kernel, self.words(), self.buffers, self.texels
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
@@ -58,11 +65,16 @@ class Pipelines:
     def __init__(self, device: Device) -> None:
         self._functions = device.functions
         self._device = device.handle
-        self._pipelines: dict[tuple[str, bytes, int, tuple[int, ...]], Pipeline] = {}
+        self._pipelines: dict[Identity, Pipeline] = {}
+        self._jobs: dict[Identity, Future[Pipeline]] = {}
+        self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS), "torchvk-compile")
         self._layouts: dict[tuple[int, tuple[int, ...]], tuple[vk.Struct, vk.Struct]] = {}
         self._subgroup_size = _required_subgroup_size(device)
         self._path = cache_path(device.physical.cache_key)
-        self._cache = self._create_cache(read_cache(self._path))
+        data = read_cache(self._path)
+        self._cache = self._create_cache(data)
+        self._written = len(data)
+        self._changed = False  # since the cache was last written
 
     def _create_cache(self, data: bytes) -> vk.Struct:
         initial = vk.ffi.from_buffer(data) if data else vk.ffi.NULL
@@ -71,23 +83,50 @@ class Pipelines:
         self._functions.vkCreatePipelineCache(self._device, info, vk.ffi.NULL, cache)
         return cache[0]
 
+    def start(self, keys: Iterable[PipelineKey]) -> None:
+        """Begin to compile those of these pipelines that are missing, several at a time, in other threads."""
+        for key in keys:
+            identity = key.identity()
+            if identity not in self._pipelines and identity not in self._jobs:
+                self._layout(key.buffers, key.texels)
+                # cffi releases the GIL in calls, so the driver compiles in parallel.
+                self._jobs[identity] = self._threads.submit(self._compile, key)
+
+    def ready(self, keys: Iterable[PipelineKey], deadline: float) -> bool:
+        """Whether :meth:`get` would return at once; waits for it until ``deadline`` (time.perf_counter())."""
+        jobs = [self._jobs[identity] for key in keys if (identity := key.identity()) in self._jobs]
+        return not wait(jobs, max(0.0, deadline - time.perf_counter())).not_done
+
     def get(self, keys: Iterable[PipelineKey]) -> list[Pipeline]:
         """The pipelines of these keys; missing ones are compiled, several at a time."""
-        wanted = [(key, (key.kernel, key.words(), key.buffers, key.texels)) for key in keys]
-        missing = {identity: key for key, identity in wanted if identity not in self._pipelines}
-        for key in missing.values():
-            self._layout(key.buffers, key.texels)
-        # cffi releases the GIL in calls, so the driver compiles in parallel.
-        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
-            jobs = {identity: pool.submit(self._compile, key) for identity, key in missing.items()}
-        # All jobs are done here. Keep what was made, even if some failed: close() destroys it.
-        made = {identity: job.result() for identity, job in jobs.items() if job.exception() is None}
-        self._pipelines.update(made)
-        for job in jobs.values():
+        wanted = list(keys)
+        self.start(wanted)
+        identities = [key.identity() for key in wanted]
+        mine = {identity: self._jobs[identity] for identity in identities if identity in self._jobs}
+        wait(mine.values())
+        # Keep what was made, even if some failed: close() destroys it.
+        self._collect()
+        if self._changed:
+            self._changed = False
+            self._threads.submit(self._write)
+        for job in mine.values():
             job.result()
-        if missing:
-            self._save()
-        return [self._pipelines[identity] for _, identity in wanted]
+        return [self._pipelines[identity] for identity in identities]
+
+    def cancel(self) -> None:
+        """Forget what was started and nobody waits for; what is being compiled is still kept."""
+        for identity, job in list(self._jobs.items()):
+            if job.cancel():
+                del self._jobs[identity]
+
+    def _collect(self) -> None:
+        """Take over what is finished."""
+        for identity, job in list(self._jobs.items()):
+            if job.done():
+                del self._jobs[identity]
+                if not job.cancelled() and job.exception() is None:
+                    self._pipelines[identity] = job.result()
+                    self._changed = True
 
     def _layout(self, buffers: int, texels: tuple[int, ...]) -> tuple[vk.Struct, vk.Struct]:
         """Set layout and pipeline layout for so many storage buffers (those in ``texels``: uniform texel buffers)
@@ -168,14 +207,22 @@ class Pipelines:
             functions.vkDestroyShaderModule(device, module[0], vk.ffi.NULL)
         return Pipeline(pipeline[0], layout, set_layout)
 
-    def _save(self) -> None:
+    def _write(self) -> None:
+        """Write the cache to disk if the driver put something in."""
         size = vk.ffi.new("size_t *")
         self._functions.vkGetPipelineCacheData(self._device, self._cache, size, vk.ffi.NULL)
-        data = vk.ffi.new("char[]", size[0])
-        self._functions.vkGetPipelineCacheData(self._device, self._cache, size, data)
-        write_cache(self._path, bytes(vk.ffi.buffer(data, size[0])))
+        if size[0] != self._written:
+            data = vk.ffi.new("char[]", size[0])
+            self._functions.vkGetPipelineCacheData(self._device, self._cache, size, data)
+            write_cache(self._path, bytes(vk.ffi.buffer(data, size[0])))
+            self._written = size[0]
 
     def close(self) -> None:
+        self.cancel()
+        self._threads.shutdown()
+        self._collect()
+        if self._changed:
+            self._write()
         functions, device = self._functions, self._device
         for pipeline in self._pipelines.values():
             functions.vkDestroyPipeline(device, pipeline.handle, vk.ffi.NULL)
@@ -198,7 +245,15 @@ def _required_subgroup_size(device: Device) -> int:
     return size if varies and controllable and enough else 0
 
 
-def cache_path(key: str) -> Path:
+def package_version() -> str:
+    """The installed version; a checkout that is only on the path has none."""
+    try:
+        return importlib.metadata.version("torchvk")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def cache_path(key: str, kind: str = "pipelines") -> Path:
     """The cache file for a device and driver: under TORCHVK_CACHE_DIR, else the platform's cache folder."""
     if folder := os.environ.get("TORCHVK_CACHE_DIR"):
         root = Path(folder)
@@ -208,7 +263,7 @@ def cache_path(key: str) -> Path:
         root = Path.home() / "Library" / "Caches" / "torchvk"
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchvk"
-    return root / f"pipelines-{key}-{importlib.metadata.version('torchvk')}.bin"
+    return root / f"{kind}-{key}-{package_version()}.bin"
 
 
 def read_cache(path: Path) -> bytes:
