@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from torchvk.errors import TorchVkError
 from torchvk.graph import Graph, Role, from_bytes
@@ -96,8 +98,22 @@ def describe(source: ProgramSource) -> ProgramDescription:
         return describe_file(opened.name, decode(opened.view))
 
 
-def describe_file(name: str, file: PteFile) -> ProgramDescription:
-    methods = tuple(_method(plan) for plan in file.plans)
+class Graphs:
+    """The graphs in delegates; each is checked and decoded once, also where methods share a delegate."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Graph] = {}
+
+    def __call__(self, delegate: Delegate) -> Graph:
+        key = (np.frombuffer(delegate.data, np.uint8).ctypes.data, len(delegate.data))
+        if key not in self._known:
+            self._known[key] = from_bytes(delegate.data)
+        return self._known[key]
+
+
+def describe_file(name: str, file: PteFile, graph_of: Callable[[Delegate], Graph] | None = None) -> ProgramDescription:
+    graph_of = graph_of or Graphs()
+    methods = tuple(_method(plan, graph_of) for plan in file.plans)
     return ProgramDescription(name, file.size, methods, {key: len(data) for key, data in file.named_data.items()})
 
 
@@ -117,12 +133,12 @@ def _calls(plan: Plan) -> list[DelegateCall]:
     return [step for chain in plan.chains for step in chain if isinstance(step, DelegateCall)]
 
 
-def _method(plan: Plan) -> MethodDescription:
+def _method(plan: Plan, graph_of: Callable[[Delegate], Graph]) -> MethodDescription:
     graphs: dict[int, Graph] = {}
     for index, delegate in enumerate(plan.delegates):
         if delegate.backend == BACKEND:
             with located(f"method {plan.name!r}, delegate {index}"):
-                graphs[index] = from_bytes(delegate.data)
+                graphs[index] = graph_of(delegate)
     calls = Counter(call.delegate for call in _calls(plan))
     names = value_names(plan, graphs)
     kernels = Counter(

@@ -9,13 +9,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, FormatError, UnsupportedError
-from torchvk.graph import Graph, from_bytes
+from torchvk.graph import Graph
 from torchvk.program import operators
 from torchvk.program.arguments import Parameter, check_inputs, parameters
-from torchvk.program.describe import BACKEND, ProgramDescription, describe_file, value_names
+from torchvk.program.describe import BACKEND, Graphs, ProgramDescription, describe_file, value_names
 from torchvk.program.interpreter import Interpreter, delegate_arguments
 from torchvk.program.profile import Profile, Record
 from torchvk.program.pte import Delegate, DelegateCall, KernelCall, ListValue, Plan, TensorValue, decode
@@ -247,18 +245,19 @@ def load(
         for plan in wanted:
             with located(f"method {plan.name!r}"):
                 _check_plan(plan)
-        description = describe_file(opened.name, file)
+        graph_of = Graphs()
+        description = describe_file(opened.name, file, graph_of)
         kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
         shared = _Shared(opened.name)
-        sessions: dict[tuple[int, int], Session] = {}
+        sessions: dict[int, Session] = {}
 
-        def open_session(delegate: Delegate) -> Session:
+        def open_session(graph: Graph) -> Session:
             from torchvk.runtime import Session
 
-            return Session(from_bytes(delegate.data), device, matmul_precision=matmul_precision)
+            return Session(graph, device, matmul_precision=matmul_precision)
 
         try:
-            loaded = {plan.name: _method(plan, sessions, open_session, kernels, shared) for plan in wanted}
+            loaded = {plan.name: _method(plan, sessions, graph_of, open_session, kernels, shared) for plan in wanted}
         except BaseException:
             for session in sessions.values():
                 session.close()
@@ -268,19 +267,20 @@ def load(
 
 def _method(
     plan: Plan,
-    sessions: dict[tuple[int, int], Session],
-    open_session: Callable[[Delegate], Session],
+    sessions: dict[int, Session],
+    graph_of: Callable[[Delegate], Graph],
+    open_session: Callable[[Graph], Session],
     kernels: Mapping[str, operators.Kernel],
     shared: _Shared,
 ) -> Method:
-    """``sessions``: those of the methods before; methods that share a delegate share its session."""
+    """``sessions``: those of the methods before, by graph; methods that share a delegate share its session."""
     own = []
     for index, delegate in enumerate(plan.delegates):
         with located(f"method {plan.name!r}, delegate {index}"):
-            key = (np.frombuffer(delegate.data, np.uint8).ctypes.data, len(delegate.data))
-            if key not in sessions:
-                sessions[key] = open_session(delegate)
-            own.append(sessions[key])
+            graph = graph_of(delegate)
+            if id(graph) not in sessions:
+                sessions[id(graph)] = open_session(graph)
+            own.append(sessions[id(graph)])
     with located(f"method {plan.name!r}"):
         return Method(plan, own, kernels, shared)
 

@@ -97,12 +97,7 @@ class Execution:
 
     def _record_objects(self) -> None:
         steps = [step for step in self.plan.steps if step.dispatch is not None]
-        keys = [
-            PipelineKey(step.dispatch.kernel, step.dispatch.constants, len(step.buffers), _texels(step))
-            for step in steps
-            if step.dispatch is not None
-        ]
-        self._pipelines = self.device.pipelines.get(keys)
+        self._pipelines = self.device.pipelines.get(pipeline_keys(self.plan))
         self._sets = self._descriptor_sets(steps)
         info = vk.make("VkCommandPoolCreateInfo", queueFamilyIndex=self.device.physical.queue_family)
         self._pool = self._create("vkCreateCommandPool", "vkDestroyCommandPool", "VkCommandPool", info)
@@ -352,6 +347,15 @@ class Execution:
         for allocation in self._buffers.values():
             self.device.allocator.free(allocation)
         self._owned, self._buffers = [], {}
+
+
+def pipeline_keys(plan: Plan) -> list[PipelineKey]:
+    """The pipeline of every dispatch, in order."""
+    return [
+        PipelineKey(step.dispatch.kernel, step.dispatch.constants, len(step.buffers), _texels(step))
+        for step in plan.steps
+        if step.dispatch is not None
+    ]
 
 
 def _texels(step: Step) -> tuple[int, ...]:

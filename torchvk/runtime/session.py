@@ -19,7 +19,7 @@ from torchvk.ops import MatmulPrecision
 from torchvk.runtime import reference
 from torchvk.runtime.device import Device, DeviceInfo, default_request, forget, max_tier, open_device
 from torchvk.runtime.device import matmul_precision as asked_precision
-from torchvk.runtime.execution import Execution
+from torchvk.runtime.execution import Execution, pipeline_keys
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.plan import Constant, Kind, Plan, make_plan
 from torchvk.runtime.profile import ProfileRow
@@ -232,6 +232,8 @@ class _OnDevice:
             )
             missing = [constant for constant in plan.constants if constant not in self._constants]
             self._check_memory(plan, missing)
+            # They are compiled while the constants are packed and uploaded.
+            self.device.pipelines.start(pipeline_keys(plan))
             self._constants.update(upload_constants(self.device, self._graph, missing, staged=self._staged))
             self._executions[shapes] = Execution(
                 self.device, self._graph, plan, self._constants, self._uses, self._poison
