@@ -17,6 +17,8 @@ os.environ.setdefault("TORCHVK_VALIDATION", "1")
 # Tests neither read nor fill the user's pipeline cache. (The folder goes with the object.)
 _cache = tempfile.TemporaryDirectory(prefix="torchvk-tests-")
 os.environ.setdefault("TORCHVK_CACHE_DIR", _cache.name)
+# On a GPU, too, every test runs the kernels that the rules choose; variants are tested by name.
+os.environ.setdefault("TORCHVK_TUNE", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +73,32 @@ def device_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(PhysicalDevice, "capabilities", capabilities)
     return kind
+
+
+@pytest.fixture
+def mul_variants() -> Iterator[dict[str, bool]]:
+    """``mul`` in variants: "slow" (the default) does it forty times, "fast" once, "broken" names no kernel, and
+    "doubled" gives another result, so that a test sees it run; change the mapping to offer others."""
+    from torchvk.ops import Kernels, operator
+
+    known = operator.get("mul")
+    names = {"slow": True, "fast": True, "broken": False, "doubled": False}
+
+    def variants(attributes: Any, inputs: Any, outputs: Any, capabilities: Any) -> Any:
+        plain = known.kernels(attributes, inputs, outputs, capabilities)
+        (dispatch,) = plain.dispatches
+        add = operator.get("add").kernels(operator.get("add").attributes(), inputs, outputs, capabilities)
+        every = {
+            "slow": Kernels((dispatch,) * 40),
+            "fast": plain,
+            "broken": Kernels((dataclasses.replace(dispatch, kernel="no_such_kernel"),)),
+            "doubled": add,
+        }
+        return tuple((name, kernels) for name, kernels in every.items() if names[name])
+
+    def kernels(*arguments: Any) -> Any:
+        return variants(*arguments)[0][1]
+
+    operator._registry["mul"] = dataclasses.replace(known, kernels=kernels, variants=variants)
+    yield names
+    operator._registry["mul"] = known

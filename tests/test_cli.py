@@ -57,7 +57,7 @@ def test_version(cli: Any) -> None:
 
 def test_help_lists_the_commands(cli: Any) -> None:
     text = cli("--help").out
-    assert all(command in text for command in ("devices", "inspect", "run", "profile"))
+    assert all(command in text for command in ("devices", "inspect", "run", "profile", "tune"))
 
 
 @pytest.mark.tier
@@ -160,6 +160,41 @@ def test_errors_are_one_line(cli: Any, model: Path, inputs: list[str], tmp_path:
     for command in ("run", "profile"):
         assert "must be 'highest' or 'high', not 'low'" in cli(command, model, "--matmul-precision", "low").err
     assert cli("no-such-command").code == 2
+
+
+def test_tune(
+    cli: Any,
+    model: Path,
+    inputs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mul_variants: dict[str, bool],
+) -> None:
+    monkeypatch.setenv("TORCHVK_CACHE_DIR", str(tmp_path))
+    result = cli("tune", model, "--seconds", "20")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["operator", "count", "shape", "class", "variant", "µs"]
+    (slow,) = (line.split() for line in lines if "slow" in line)
+    (fast,) = (line.split() for line in lines if "fast" in line)
+    assert slow[:3] == ["mul", "1", "float32[2,3]"]
+    assert fast[-1] == "chosen"
+    assert float(fast[1]) < float(slow[-1])
+    (row,) = json.loads(cli("tune", model, "--json").out)
+    assert (row["operator"], row["chosen"], row["source"]) == ("mul", "fast", "measured")
+    # What was found out is used where tuning is on, which it is not on a CPU unless it is asked for.
+    dispatches = {}
+    for option in ("--tune", "--no-tune"):
+        rows = json.loads(cli("profile", model, *inputs, option, "--json").out)["operators"]
+        (dispatches[option],) = (row["count"] for row in rows if row["operator"] == "mul")
+    assert dispatches == {"--tune": 1, "--no-tune": 40}
+
+
+def test_tune_a_model_without_a_choice(cli: Any, model: Path) -> None:
+    for options in ((), ON_REFERENCE):
+        result = cli("tune", model, *options)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith("Nothing to choose")
 
 
 def test_tables_on_a_terminal(model: Path) -> None:

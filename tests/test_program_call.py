@@ -53,6 +53,43 @@ def test_on_the_device(segments: bool) -> None:
         assert_affine(program(torch.from_numpy(x), torch.from_numpy(y)), x, y)
 
 
+@pytest.mark.parametrize(
+    ("tune", "environment", "expected"),
+    [
+        (None, None, "on a GPU"),
+        (None, "0", "no"),
+        (None, "1", "everywhere"),
+        (False, "1", "no"),
+        (True, "0", "everywhere"),
+    ],
+)
+def test_whether_kernels_are_timed(
+    tune: bool | None, environment: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = torchvk.runtime.Session
+
+    def session(graph: Any, device: Any, *, tuning: Any, **options: Any) -> Any:
+        seen.append(tuning)
+        return real(graph, "reference", **options)
+
+    monkeypatch.setattr(torchvk.runtime, "Session", session)
+    monkeypatch.delenv("TORCHVK_TUNE")
+    if environment is not None:
+        monkeypatch.setenv("TORCHVK_TUNE", environment)
+    plans = delegate_plan(affine_graph()), delegate_plan(affine_graph(scale=3.0), "other")
+    load(write(*plans), tune=tune).close()
+    first, second = seen
+    assert first is second, "one budget a program"
+    assert {"no": first is None, "on a GPU": first and not first.on_cpu, "everywhere": first and first.on_cpu}[expected]
+
+
+def test_an_unknown_word_for_tuning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHVK_TUNE", "often")
+    with pytest.raises(ArgumentError, match="TORCHVK_TUNE must be 0 or 1, not 'often'"):
+        load(delegate_file(affine_graph()))
+
+
 def test_numpy_in_numpy_out_torch_in_torch_out(program: torchvk.Program) -> None:
     x, y = numbers(seed=1), numbers(seed=2)
     outputs = program(x, y)

@@ -1,4 +1,4 @@
-"""The command line: ``torchvk devices | inspect | run | profile``."""
+"""The command line: ``torchvk devices | inspect | run | profile | tune``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--matmul-precision", help="For float32 matrix products: 'highest' (the default) or 'high', float16 operands."
+    ),
+]
+TuneOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune/--no-tune", help="Time kernels that come in variants, if that was not done. Default: on GPUs."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
@@ -137,6 +143,7 @@ def run(
     device: DeviceOption = None,
     method: MethodOption = "forward",
     matmul_precision: PrecisionOption = None,
+    tune: TuneOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a method on .npy files and write its outputs to .npy files."""
@@ -146,7 +153,8 @@ def run(
 
     progress = Console(stderr=True)
     loading = progress.status(f"Loading {model}")
-    with loading, load(model, device, methods=[method], matmul_precision=matmul_precision) as program:
+    options: Any = {"methods": [method], "matmul_precision": matmul_precision, "tune": tune}
+    with loading, load(model, device, **options) as program:
         called = program.method(method)
         arguments = [_read_input(text, position, called.parameters) for position, text in enumerate(inputs or [])]
         progress_start = time.perf_counter()
@@ -178,6 +186,7 @@ def profile(
     device: DeviceOption = None,
     method: MethodOption = "forward",
     matmul_precision: PrecisionOption = None,
+    tune: TuneOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a method: time, share, GB/s and GFLOP/s of every operator. Without inputs: on random numbers."""
@@ -186,7 +195,8 @@ def profile(
 
     progress = Console(stderr=True)
     loading = progress.status(f"Profiling {model}")
-    with loading, load(model, device, methods=[method], matmul_precision=matmul_precision) as program:
+    options: Any = {"methods": [method], "matmul_precision": matmul_precision, "tune": tune}
+    with loading, load(model, device, **options) as program:
         called = program.method(method)
         arguments: list[Any] = (
             [_read_input(text, position, called.parameters) for position, text in enumerate(inputs)]
@@ -204,6 +214,41 @@ def profile(
         return
     _print_table(COLUMNS, map(cells_of, measured.rows), left=2)
     print(measured.summary())
+
+
+@app.command()
+def tune(
+    model: PteFile,
+    seconds: Annotated[float, typer.Option(help="How long it may take, for all kernels together.", min=0.1)] = 30.0,
+    device: DeviceOption = None,
+    matmul_precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the kernels that a model may use on a device, and keep the choice for later loads."""
+    import msgspec
+
+    from torchvk.program import load
+    from torchvk.runtime import Tuning
+
+    tuning = Tuning(seconds, thorough=True, on_cpu=True)
+    with Console(stderr=True).status(f"Tuning {model}"):
+        load(model, device, matmul_precision=matmul_precision, tune=tuning).close()
+    if as_json:
+        _print_json(msgspec.to_builtins(tuning.results))
+        return
+    if not tuning.results:
+        print("Nothing to choose: every operator of this model has one way to run on this device.")
+        return
+    rows = []
+    for result in tuning.results:
+        first = (result.operator, str(result.count), result.shape)
+        for name, value in (result.seconds or {result.chosen: None}).items():
+            time = "not measured" if not result.seconds else "cannot run" if value is None else f"{value * 1e6:.1f}"
+            rows.append((*first, name, time, "chosen" if name == result.chosen else ""))
+            first = ("", "", "")
+    _print_table(("operator", "count", "shape class", "variant", "µs", ""), rows, left=4)
+    if any(result.source == "default" for result in tuning.results):
+        print("Not all could be measured in that time; give more --seconds.")
 
 
 def _read_input(text: str, position: int, parameters: Sequence[Parameter]) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,7 @@ from torchvk.program.source import ProgramSource, located, open_source
 from torchvk.program.tensors import Array, as_array, to_torch
 
 if TYPE_CHECKING:
-    from torchvk.runtime import Session
+    from torchvk.runtime import Session, Tuning
 
 
 class _Shared:
@@ -209,6 +211,7 @@ def load(
     methods: Collection[str] | None = None,
     custom_operators: Collection[str] = (),
     matmul_precision: str | None = None,
+    tune: bool | Tuning | None = None,
 ) -> Program:
     """Load a .pte file.
 
@@ -220,6 +223,9 @@ def load(
     adds in float32; ``"high"`` may round the operands to float16 where the device has matrix units, and still adds
     in float32 (compare ``torch.set_float32_matmul_precision``; values beyond float16's 65504 overflow). None: what
     ``TORCHVK_MATMUL_PRECISION`` says, else ``"highest"``. float16 graphs do not heed it.
+    tune: whether to time kernels that come in several variants, for two seconds at most, the first time that they
+    are met on this device; what was found out is kept beside the pipeline cache. False: take what the rules say.
+    None: what ``TORCHVK_TUNE`` (0 or 1) says, else yes on a GPU and no on a CPU.
 
     ======================  ==========================================================================
     FormatError             no such file; empty, truncated, damaged, or not a .pte file; a newer version
@@ -250,11 +256,13 @@ def load(
         kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
         shared = _Shared(opened.name)
         sessions: dict[int, Session] = {}
+        # One budget for all sessions.
+        tuning = cache(partial(_asked_tuning, tune))
 
         def open_session(graph: Graph) -> Session:
             from torchvk.runtime import Session
 
-            return Session(graph, device, matmul_precision=matmul_precision)
+            return Session(graph, device, matmul_precision=matmul_precision, tuning=tuning())
 
         try:
             loaded = {plan.name: _method(plan, sessions, graph_of, open_session, kernels, shared) for plan in wanted}
@@ -263,6 +271,19 @@ def load(
                 session.close()
             raise
         return Program(description, loaded, shared)
+
+
+def _asked_tuning(asked: bool | Tuning | None) -> Tuning | None:
+    from torchvk.runtime import Tuning
+
+    if isinstance(asked, Tuning):
+        return asked
+    if asked is None:
+        text = os.environ.get("TORCHVK_TUNE", "")
+        if text not in ("", "0", "1"):
+            raise ArgumentError(f"TORCHVK_TUNE must be 0 or 1, not {text!r}")
+        asked = {"0": False, "1": True}.get(text)
+    return None if asked is False else Tuning(on_cpu=asked is True)
 
 
 def _method(

@@ -137,6 +137,8 @@ class PhysicalDevice:
         )
         # Which pipelines a disk cache may serve: the same driver build on the same device.
         self.cache_key = bytes(properties.pipelineCacheUUID).hex() + f"-{properties.driverVersion:08x}"
+        # For which device speeds were measured: drivers may share a UUID among devices that run the same code.
+        self.tuning_key = f"{properties.vendorID:04x}-{properties.deviceID:04x}-{self.cache_key}"
 
     def _features(self) -> list[vk.Struct]:
         names = ["VkPhysicalDeviceVulkan11Features", "VkPhysicalDeviceVulkan12Features"]

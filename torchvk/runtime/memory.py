@@ -190,6 +190,10 @@ class Allocator:
             left = min(left, max(0, budget.heapBudget[heap] - budget.heapUsage[heap]))
         return int(left)
 
+    def room(self, use: Use) -> int:
+        """Bytes that are left for this use."""
+        return self.available(self._types[self._type_for(use)][1])
+
     def check(self, sizes: dict[Use, int]) -> None:
         """Raise OutOfMemoryError with numbers if so many bytes more cannot fit."""
         need: dict[int, int] = {}

@@ -280,14 +280,19 @@ def read_cache(path: Path) -> bytes:
 
 
 def write_cache(path: Path, data: bytes) -> None:
-    """Replace the cache file at once; a folder that cannot be written is no error."""
+    """Write the data with their checksum."""
+    replace_file(path, hashlib.sha256(data).digest() + data)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a cache file at once; a folder that cannot be written is no error."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(hashlib.sha256(data).digest() + data)
+            partial.write_bytes(content)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        log.info("pipeline cache %s not written: %s", path, error)
+        log.info("cache file %s not written: %s", path, error)

@@ -23,6 +23,7 @@ from torchvk.runtime.execution import Execution, pipeline_keys
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.plan import Constant, Kind, Plan, make_plan
 from torchvk.runtime.profile import ProfileRow
+from torchvk.runtime.tune import Tuning, tuned_variants
 from torchvk.runtime.upload import upload_constants
 
 Array = np.ndarray[Any, Any]
@@ -51,7 +52,8 @@ class Session:
     device: index, name substring, None (TORCHVK_DEVICE, else the best), or "reference" for the NumPy references.
     poison: fill outputs and temporaries with 0xFF before every run, to find kernels that leave gaps.
     max_tier: cap of the capability tier (default TORCHVK_MAX_TIER). staged: go through staging buffers even where
-    the host reaches device memory. tuned: the variant to run for a shape class (see ops.shape_class).
+    the host reaches device memory. tuned: the variant to run for a shape class (see ops.shape_class). tuning: find
+    that out by timing, or from what was found out before.
     matmul_precision: "highest" or "high" (default TORCHVK_MATMUL_PRECISION, else "highest"); see :func:`torchvk.load`.
     Raises FormatError for a graph that makes no sense, UnsupportedError where a limit of the device is passed,
     OutOfMemoryError, VulkanError and ArgumentError for the device.
@@ -66,6 +68,7 @@ class Session:
         max_tier: int | None = None,
         staged: bool = False,
         tuned: Mapping[str, str] | None = None,
+        tuning: Tuning | None = None,
         matmul_precision: str | None = None,
     ) -> None:
         ops.check(graph)
@@ -79,7 +82,7 @@ class Session:
         if device == reference.NAME:
             self._runner = _OnReference(graph)
             return
-        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged, tuned or {}, precision)
+        self._runner = _OnDevice(open_device(device), graph, poison, max_tier, staged, tuned, tuning, precision)
         self._finalizer = weakref.finalize(self, self._runner.abandon)
         try:
             self._runner.prepare(tuple(type.shape for type in self._types))
@@ -184,7 +187,8 @@ class _OnDevice:
         poison: bool,
         tier: int | None,
         staged: bool,
-        tuned: Mapping[str, str],
+        tuned: Mapping[str, str] | None,
+        tuning: Tuning | None,
         precision: MatmulPrecision,
     ) -> None:
         self.device = device
@@ -193,7 +197,8 @@ class _OnDevice:
         self._closed = False
         self._poison = poison
         self._staged = staged
-        self._tuned = tuned
+        self._tuned = tuned or {}
+        self._tuning = None if device.info.kind == "cpu" and tuning and not tuning.on_cpu else tuning
         self._capabilities = replace(device.physical.capabilities(max_tier(tier)), matmul_precision=precision)
         self._constants: dict[Constant, Allocation] = {}
         # Shapes are static today: one entry. With symbolic shapes, one for each set of concrete ones.
@@ -223,6 +228,10 @@ class _OnDevice:
             if shapes in self._executions:
                 self._executions.move_to_end(shapes)
                 return
+            if self._tuning is not None:
+                self._tuned = tuned_variants(
+                    self.device, self._graph, self._capabilities, self._tuning, self._uses, self._staged
+                )
             plan = make_plan(
                 self._graph,
                 self._capabilities,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,22 +27,41 @@ SLOTS = 2  # one is filled while the other is copied
 FOREVER = 2**64 - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of a constant come from. ``nbytes`` may be a guess: ``read`` may pack them."""
+
+    name: str
+    nbytes: int
+    read: Callable[[], Bytes]
+
+
 def upload_constants(
     device: Device, graph: Graph, constants: Sequence[Constant], *, staged: bool = False
 ) -> dict[Constant, Allocation]:
-    """Put every constant into device memory, packed by its layout first. The caller frees the allocations.
+    """Put constants of the graph into device memory, packed by their layouts first; as :func:`upload`."""
+    tensors = [graph.tensors[constant.tensor] for constant in constants]
+    sources = {
+        constant: Source(f"constant {tensor.name!r}", tensor.type.nbytes, partial(constant_bytes, graph, constant))
+        for constant, tensor in zip(constants, tensors, strict=True)
+    }
+    return upload(device, sources, staged=staged)
 
-    Constants are packed several at a time, each in host memory only until it is written; the others are read
-    straight from the graph's bytes. ``staged`` forces the way of cards whose memory the host cannot reach. Raises
-    OutOfMemoryError, and UnsupportedError for one that is too large to bind.
+
+def upload(device: Device, sources: Mapping[Constant, Source], *, staged: bool = False) -> dict[Constant, Allocation]:
+    """Put bytes into device memory. The caller frees the allocations.
+
+    Several are read (packed, that is) at a time, each in host memory only until it is written. ``staged`` forces the
+    way of cards whose memory the host cannot reach. Raises OutOfMemoryError, and UnsupportedError for what is too
+    large to bind.
     """
     direct = device.allocator.types["direct"] is not None and not staged
-    upload = _Upload(device, graph, constants, None if direct else _Ring(device))
+    work = _Upload(device, sources, None if direct else _Ring(device))
     try:
         # Packing and copying are NumPy's, which lets other threads run meanwhile. Largest first: no long tail.
-        order = sorted(constants, key=lambda constant: -graph.tensors[constant.tensor].type.nbytes)
+        order = sorted(sources, key=lambda constant: -sources[constant].nbytes)
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, THREADS)) as pool:
-            jobs = [pool.submit(upload.one, constant) for constant in order]
+            jobs = [pool.submit(work.one, constant) for constant in order]
             try:
                 for job in jobs:
                     job.result()
@@ -48,33 +69,33 @@ def upload_constants(
                 for job in jobs:
                     job.cancel()
                 raise
-        if upload.ring is not None:
-            upload.ring.finish()
+        if work.ring is not None:
+            work.ring.finish()
     except BaseException:
-        for allocation in upload.done.values():
+        for allocation in work.done.values():
             device.allocator.free(allocation)
         raise
     finally:
-        if upload.ring is not None:
-            upload.ring.close()
-    return upload.done
+        if work.ring is not None:
+            work.ring.close()
+    return work.done
 
 
 class _Upload:
-    """The constants of one graph on their way. ``done`` holds those that have memory."""
+    """Constants on their way. ``done`` holds those that have memory."""
 
-    def __init__(self, device: Device, graph: Graph, constants: Sequence[Constant], ring: _Ring | None) -> None:
+    def __init__(self, device: Device, sources: Mapping[Constant, Source], ring: _Ring | None) -> None:
         self.ring = ring
         self.done: dict[Constant, Allocation] = {}
         self._device = device
-        self._graph = graph
-        self._waiting = {constant: graph.tensors[constant.tensor].type.nbytes for constant in constants}
+        self._sources = sources
+        self._waiting = {constant: source.nbytes for constant, source in sources.items()}
         self._lock = threading.Lock()
 
     def one(self, constant: Constant) -> None:
         """Pack, allocate and write; for several threads."""
-        name = f"constant {self._graph.tensors[constant.tensor].name!r}"
-        data = constant_bytes(self._graph, constant)
+        name = self._sources[constant].name
+        data = self._sources[constant].read()
         limit = self._device.physical.limits.maxStorageBufferRange
         if data.size > limit:
             raise UnsupportedError(f"{name} has {data.size:,} bytes; this device binds at most {limit:,} at once")
