@@ -50,6 +50,8 @@ TIER_2 = ("cooperativeMatrix", "vulkanMemoryModel", "shaderInt16", "shaderInt8",
 COOPERATIVE_MATRIX = b"VK_KHR_cooperative_matrix"
 MEMORY_BUDGET = b"VK_EXT_memory_budget"
 PORTABILITY_SUBSET = b"VK_KHR_portability_subset"
+EXECUTABLE_PROPERTIES = b"VK_KHR_pipeline_executable_properties"
+EXECUTABLE_FEATURES = "VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR"
 COMPONENTS = {
     vk.VK_COMPONENT_TYPE_FLOAT16_KHR: "float16",
     vk.VK_COMPONENT_TYPE_FLOAT32_KHR: "float32",
@@ -236,6 +238,14 @@ class Device:
         extensions = [
             name for name in (COOPERATIVE_MATRIX, MEMORY_BUDGET, PORTABILITY_SUBSET) if name in physical.extensions
         ]
+        # See torchvk.runtime.statistics.
+        self.statistics = os.environ.get("TORCHVK_STATISTICS") == "1" and EXECUTABLE_PROPERTIES in physical.extensions
+        features = _enabled_features(physical)
+        if self.statistics:
+            extensions.append(EXECUTABLE_PROPERTIES)
+            features.append(
+                vk.make("VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR", pipelineExecutableInfo=1)
+            )
         queue = vk.make(
             "VkDeviceQueueCreateInfo",
             queueFamilyIndex=physical.queue_family,
@@ -244,7 +254,7 @@ class Device:
         )
         info = vk.make(
             "VkDeviceCreateInfo",
-            pNext=vk.chain(_enabled_features(physical)),
+            pNext=vk.chain(features),
             queueCreateInfoCount=1,
             pQueueCreateInfos=queue,
             enabledExtensionCount=len(extensions),

@@ -70,6 +70,7 @@ class Pipelines:
         self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS), "torchvk-compile")
         self._layouts: dict[tuple[int, tuple[int, ...]], tuple[vk.Struct, vk.Struct]] = {}
         self._subgroup_size = _required_subgroup_size(device)
+        self._flags = vk.VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR if device.statistics else 0
         self._path = cache_path(device.physical.cache_key)
         data = read_cache(self._path)
         self._cache = self._create_cache(data)
@@ -200,7 +201,7 @@ class Pipelines:
                 pName=b"main",
                 pSpecializationInfo=specialization,
             )
-            create = vk.make("VkComputePipelineCreateInfo", stage=stage, layout=layout)
+            create = vk.make("VkComputePipelineCreateInfo", flags=self._flags, stage=stage, layout=layout)
             pipeline = vk.ffi.new("VkPipeline *")
             functions.vkCreateComputePipelines(device, self._cache, 1, create, vk.ffi.NULL, pipeline)
         finally:

@@ -63,6 +63,8 @@ FUNCTIONS = frozenset(
         "vkGetPhysicalDeviceProperties2",
         "vkGetPhysicalDeviceQueueFamilyProperties",
         "vkGetPipelineCacheData",
+        "vkGetPipelineExecutablePropertiesKHR",
+        "vkGetPipelineExecutableStatisticsKHR",
         "vkGetQueryPoolResults",
         "vkMapMemory",
         "vkQueueSubmit2",
@@ -106,6 +108,7 @@ STRUCTURE_TYPES = {
     "VkPhysicalDeviceMaintenance4Properties": 1000413001,
     "VkPhysicalDeviceMemoryBudgetPropertiesEXT": 1000237000,
     "VkPhysicalDeviceMemoryProperties2": 1000059006,
+    "VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR": 1000269000,
     "VkPhysicalDeviceProperties2": 1000059001,
     "VkPhysicalDeviceVulkan11Features": 49,
     "VkPhysicalDeviceVulkan11Properties": 50,
@@ -113,6 +116,10 @@ STRUCTURE_TYPES = {
     "VkPhysicalDeviceVulkan13Features": 53,
     "VkPhysicalDeviceVulkan13Properties": 54,
     "VkPipelineCacheCreateInfo": 17,
+    "VkPipelineExecutableInfoKHR": 1000269003,
+    "VkPipelineExecutablePropertiesKHR": 1000269002,
+    "VkPipelineExecutableStatisticKHR": 1000269004,
+    "VkPipelineInfoKHR": 1000269001,
     "VkPipelineLayoutCreateInfo": 30,
     "VkPipelineShaderStageCreateInfo": 18,
     "VkPipelineShaderStageRequiredSubgroupSizeCreateInfo": 1000225001,
@@ -219,6 +226,11 @@ VK_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU = 2
 VK_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU = 1
 VK_PHYSICAL_DEVICE_TYPE_VIRTUAL_GPU = 3
 VK_PIPELINE_BIND_POINT_COMPUTE = 1
+VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR = 64
+VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_BOOL32_KHR = 0
+VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_FLOAT64_KHR = 3
+VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_INT64_KHR = 1
+VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_UINT64_KHR = 2
 VK_PIPELINE_STAGE_2_ALL_COMMANDS_BIT = 65536
 VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT = 2048
 VK_PIPELINE_STAGE_2_HOST_BIT = 16384
