@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,42 @@ _cache = tempfile.TemporaryDirectory(prefix="torchvk-tests-")
 os.environ.setdefault("TORCHVK_CACHE_DIR", _cache.name)
 # On a GPU, too, every test runs the kernels that the rules choose; variants are tested by name.
 os.environ.setdefault("TORCHVK_TUNE", "0")
+
+
+HERE = Path(__file__).parent
+# What has to do with files before they are written. A GPU to test on need not have it: such tests are then left out
+# by the file, and the run says so at its end.
+EXPORTING = re.compile(
+    r"^(?:from|import) (?:executorch|torchao|transformers|pte_files|edge|examples"
+    r"|torchvk\.(?:lowering|partitioner|quantizer))\b",
+    re.MULTILINE,
+)
+CAN_EXPORT = all(importlib.util.find_spec(name) for name in ("executorch", "torchao"))
+collect_ignore = (
+    [] if CAN_EXPORT else sorted(path.name for path in HERE.glob("test_*.py") if EXPORTING.search(path.read_text()))
+)
+ON_THE_DEVICE = re.compile(r"test_(?:ops|plan|runtime)\w*\.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from torchvk.runtime import list_devices
+    from torchvk.runtime.device import choose, default_request
+
+    infos = list_devices()
+    terminalreporter.write_line(f"on {infos[choose(infos, default_request())]}")
+    if not CAN_EXPORT:
+        names = ", ".join(collect_ignore)
+        terminalreporter.write_line(f"executorch or torchao is not installed; left out: {names} and the mark export")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what ``make test-gpu`` runs; leave out what cannot run."""
+    for item in items:
+        if ON_THE_DEVICE.fullmatch(item.path.name) or item.get_closest_marker("tier"):
+            item.add_marker("gpu")
+    marks = [*([] if CAN_EXPORT else ["export"]), *(["validation"] if os.environ["TORCHVK_VALIDATION"] == "0" else [])]
+    config.hook.pytest_deselected(items=[item for item in items if any(map(item.get_closest_marker, marks))])
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, marks))]
 
 
 @pytest.fixture(autouse=True)

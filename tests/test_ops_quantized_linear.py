@@ -1,23 +1,15 @@
-"""quantized_linear on the device: against float64, and against the eager torchao and PT2E modules."""
+"""quantized_linear on the device, against float64. (Against eager modules: test_quantized_linear_eager.py.)"""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from harness import check_plan, run_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import DTYPES, OPERATOR, attributes, capabilities
-from torchao.quantization.granularity import PerAxis, PerGroup
-from torchao.quantization.quant_api import (
-    Int8DynamicActivationIntxWeightConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
 
 from torchvk.graph import DType, TensorType
 from torchvk.graph.build import GraphBuilder
@@ -233,82 +225,3 @@ def test_layers_with_one_input_quantize_it_once(activation: str, rng: np.random.
     for n, y in enumerate(run_graph(graph, [x]), 3):
         assert y.shape == (6, n)
         assert np.ptp(y, axis=1).max() == 0  # all output channels are alike
-
-
-# Against eager modules
-
-
-def eager(module: torch.nn.Module, x: Array) -> Array:
-    with torch.no_grad():
-        y: Array = module(torch.from_numpy(x)).numpy()
-    return y
-
-
-def quantized_weight(linear: torch.nn.Linear, bits: int) -> tuple[Array, Array]:
-    weight: Any = linear.weight
-    scale = weight.scale.numpy()
-    assert not weight.zero_point.any()
-    return weight.qdata.numpy(), scale.reshape(len(scale), -1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("granularity", [PerGroup(16), PerGroup(32), PerGroup(128), PerAxis(0)], ids=str)
-def test_torchao_modules(dtype: torch.dtype, dynamic: bool, granularity: Any, rng: np.random.Generator) -> None:
-    for bits, (k, n, shape) in itertools.product((4, 8), [(256, 60, (2, 7)), (384, 33, (1,))]):
-        torch.manual_seed(int(rng.integers(2**31)))
-        linear = torch.nn.Linear(k, n).to(dtype)
-        weight_dtype = {4: torch.int4, 8: torch.int8}[bits]
-        if dynamic:
-            quantize_(
-                linear, Int8DynamicActivationIntxWeightConfig(weight_dtype=weight_dtype, weight_granularity=granularity)
-            )
-        else:
-            quantize_(linear, IntxWeightOnlyConfig(weight_dtype=weight_dtype, granularity=granularity))
-        numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
-        x = rng.standard_normal((*shape, k)).astype(numpy_dtype)
-        weight, scale = quantized_weight(linear, bits)
-        group = k // scale.shape[1]
-        inputs: list[Array | None] = [x, weight, scale, linear.bias.detach().numpy()]
-        chosen = attributes(group, "dynamic_per_token" if dynamic else "none", numpy_dtype)
-        result = check(chosen, inputs, bits)
-        (reference,) = OPERATOR.reference(chosen, inputs)
-        theirs = eager(linear, x)
-        # float32: eager's sums have K rounded terms. float16: every weight and activation rounded too, to 11 bits.
-        w = np.abs(weight * np.repeat(scale.astype(np.float64), group, axis=1))
-        size = np.abs(x.astype(np.float64)) @ w.T + np.abs(inputs[3])  # type: ignore[arg-type]
-        # Quantization of x moves it by half a step of at most (max - min) / 255 at most.
-        if dynamic:
-            size = size + np.ptp(x.astype(np.float64), axis=-1, keepdims=True) / 255 * w.sum(axis=1)
-        terms = 2 * k + 12 if dtype == torch.float32 else 4 + 2 * k * 2.0**-13
-        bound = terms * EPSILON[numpy_dtype] * size
-        assert np.all(np.abs(result - theirs.astype(np.float64)) <= bound)
-        assert np.all(np.abs(reference - theirs.astype(np.float64)) <= bound)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_pt2e_formulas(symmetric: bool, bits: int, rng: np.random.Generator) -> None:
-    """Per tensor dynamic activations and per channel weights, as convert_pt2e leaves them."""
-    k, n = 97, 21
-    top = 1 << (bits - 1)
-    weight = rng.integers(-top, top, (n, k)).astype(np.int8)
-    scale = rng.uniform(0.01, 0.02, (n, 1)).astype(np.float32)
-    bias = rng.standard_normal(n).astype(np.float32)
-    x = rng.standard_normal((2, 3, k)).astype(np.float32)
-    decomposed = torch.ops.quantized_decomposed
-    choose_qparams = decomposed.choose_qparams_symmetric if symmetric else decomposed.choose_qparams
-    tensor = torch.from_numpy(x)
-    parameters = choose_qparams.tensor(tensor, -128, 127, 2.0**-23, torch.int8)
-    q = decomposed.quantize_per_tensor.tensor(tensor, *parameters, -128, 127, torch.int8)
-    back = decomposed.dequantize_per_tensor.tensor(q, *parameters, -128, 127, torch.int8)
-    w = decomposed.dequantize_per_channel(
-        torch.from_numpy(weight), torch.from_numpy(scale[:, 0]), None, 0, -top, top - 1, torch.int8
-    )
-    theirs = torch.nn.functional.linear(back, w, torch.from_numpy(bias)).numpy()
-    chosen = attributes(k, "dynamic_per_tensor", symmetric=symmetric, eps=2.0**-23, qparams="pt2e")
-    result = check(chosen, [x, weight, scale, bias], bits)
-    (reference,) = OPERATOR.reference(chosen, [x, weight, scale, bias])
-    bound = 2 * (k + 6) * EPSILON[np.float32] * (np.abs(back.numpy()) @ np.abs(w.numpy()).T + np.abs(bias))
-    assert np.all(np.abs(result - theirs) <= bound)
-    assert np.all(np.abs(reference - theirs) <= bound)

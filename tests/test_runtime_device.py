@@ -281,6 +281,7 @@ def test_no_driver_says_what_to_install() -> None:
     assert "apt install mesa-vulkan-drivers" in output or output.strip() == "[]"
 
 
+@pytest.mark.validation
 def test_no_validation_layer_says_what_to_install(tmp_path: object) -> None:
     output = in_a_process(LIST, VK_LAYER_PATH=str(tmp_path))
     assert "apt install vulkan-validationlayers" in output

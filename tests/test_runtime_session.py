@@ -376,6 +376,7 @@ def test_without_timestamps_there_is_no_profile(own_device: Device) -> None:
         session.profile(arithmetic_inputs())
 
 
+@pytest.mark.validation
 def test_the_validation_layers_see_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     """That they are silent elsewhere means something."""
     messages = validation_messages()
