@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, FormatError, UnsupportedError
+from torchvk.errors import ArgumentError, ArgumentTypeError, ClosedError, FormatError, TorchVkError, UnsupportedError
 from torchvk.graph import Graph
 from torchvk.program import operators
 from torchvk.program.arguments import Parameter, check_inputs, parameters
@@ -252,7 +255,9 @@ def load(
             with located(f"method {plan.name!r}"):
                 _check_plan(plan)
         graph_of = Graphs()
-        description = describe_file(opened.name, file, graph_of)
+        # A device takes a tenth of a second to open, and the file something to check.
+        with _opened_ahead(device, any(plan.delegates for plan in wanted)):
+            description = describe_file(opened.name, file, graph_of)
         kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
         shared = _Shared(opened.name)
         sessions: dict[int, Session] = {}
@@ -271,6 +276,27 @@ def load(
                 session.close()
             raise
         return Program(description, loaded, shared)
+
+
+@contextmanager
+def _opened_ahead(device: str | int | None, wanted: bool) -> Iterator[None]:
+    """Open the device in another thread meanwhile. What goes wrong there goes wrong again for who needs it."""
+
+    def open_device() -> None:
+        from torchvk.runtime import device as devices
+        from torchvk.runtime import reference
+
+        asked = devices.default_request() if device is None else device
+        if asked != reference.NAME:
+            with contextlib.suppress(TorchVkError):
+                devices.open_device(asked)
+
+    if not wanted:
+        yield
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(open_device)
+        yield
 
 
 def _asked_tuning(asked: bool | Tuning | None) -> Tuning | None:
