@@ -11,11 +11,12 @@ from sample_graphs import Builder, arithmetic, arithmetic_inputs
 
 from torchvk import ops
 from torchvk.errors import OutOfMemoryError, UnsupportedError
-from torchvk.graph import Graph
+from torchvk.graph import DType, Graph, TensorType
 from torchvk.ops import Layout
 from torchvk.ops import operator as registry
 from torchvk.runtime import Session, upload
 from torchvk.runtime.device import Device
+from torchvk.runtime.memory import GRANULE
 from torchvk.runtime.plan import Constant
 from torchvk.runtime.upload import upload_constants
 
@@ -56,6 +57,26 @@ def test_constants_arrive_whole(staged: bool, own_device: Device, monkeypatch: p
     with Session(graph, staged=staged) as session:
         for output, array in zip(session.run([]), arrays, strict=True):
             np.testing.assert_array_equal(output, array)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_session_takes_little_more_memory_than_the_plan_needs(staged: bool, own_device: Device) -> None:
+    """Packed weights and arena, and at most 5 % (and a page a block)."""
+    builder = Builder()
+    sizes = [20 << 20, *[3 << 20] * 7, *[1 << 19] * 30, *[2000] * 60, 17 << 20]
+    x = builder.input("x", TensorType(DType.FLOAT32, (1 << 20,)))
+    outputs = [builder.op("neg", builder.op("neg", x))]
+    for number, size in enumerate(sizes):
+        constant = builder.constant(f"c{number}", np.full(size // 4, number, np.float32))
+        outputs.append(builder.op("sum", constant, dims=[0], keepdim=False))
+    with Session(builder.build(outputs), staged=staged) as session:
+        described = session.describe()
+        inside = described.constant_bytes + described.arena_bytes
+        inside += described.input_bytes + described.output_bytes
+        blocks, taken = own_device.allocator.usage()
+        assert sum(sizes) <= described.constant_bytes <= sum(sizes) + 256 * len(sizes)
+        assert inside <= taken <= 1.05 * inside + GRANULE * blocks
+        assert blocks <= 6
 
 
 def test_layouts_pack_constants_once(own_device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

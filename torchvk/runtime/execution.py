@@ -253,7 +253,11 @@ class Execution:
     def _barrier(
         self, commands: vk.Struct, before: set[tuple[int, int, int]], after: set[tuple[int, int, int]]
     ) -> None:
-        """One global memory barrier: (stage, accesses that write, all accesses) on either side."""
+        """One global memory barrier: (stage, accesses that write, all accesses) on either side.
+
+        A chain of tiny dispatches on an H200: 2.1 µs each with these barriers, whether or not transfers and texel
+        reads are in the masks; 3.2 µs with barriers of the buffers, 4.9 µs between all commands, 0.3 µs without.
+        """
         barrier = vk.make("VkMemoryBarrier2")
         for stage, writes, _ in before:
             barrier.srcStageMask |= stage
