@@ -308,3 +308,122 @@ def test_type_promotion(a: torch.dtype, b: torch.dtype, ranks: tuple[int, int]) 
     assert TORCH_DTYPES[promote(*types)] == torch.result_type(x, y)
     assert TORCH_DTYPES[promote(types[0], 2.5)] == torch.result_type(x, 2.5)
     assert TORCH_DTYPES[promote(types[0], 2)] == torch.result_type(x, 2)
+
+
+# attention
+
+
+def heads(s: Sketch, slot: int, batch: int, tokens: int) -> Value:
+    """Input ``slot`` [batch · tokens, 4 · 8] as a model splits it: [batch, 4, tokens, 8]."""
+    split = s.op("reshape", s.draft.inputs[slot], shape=[batch, tokens, 4, 8])
+    return s.op("permute", split, dims=[0, 2, 1, 3])
+
+
+def safe_softmax(s: Sketch, scores: Value) -> Value:
+    """As scaled_dot_product_attention is exported."""
+    empty = s.op("eq", scores, number(-np.inf))
+    some = s.op("any", s.op("logical_not", empty), dims=[3], keepdim=True)
+    return s.op("where", s.op("logical_not", some), number(0), s.op("softmax", scores, dim=3))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention(batch: int, safe: bool, early: bool, masked: bool) -> None:
+    """``early``: q and k are scaled, not their product; the products run on matrices [batch · heads, tokens, 8]."""
+    s = Sketch((batch * 6, 32), (batch * 5, 32), (batch * 5, 32), (batch, 1, 1, 5))
+    q, k, v = heads(s, 0, batch, 6), heads(s, 1, batch, 5), heads(s, 2, batch, 5)
+    k = s.op("permute", k, dims=[0, 1, 3, 2])
+    if early:
+        q, k = s.op("mul", q, number(0.5)), s.op("mul", k, number(0.7))
+        q, k, v = (s.op("reshape", x, shape=[batch * 4, *x.shape[-2:]]) for x in (q, k, v))
+    scores = s.op("matmul", q, k)
+    scores = s.op("reshape", scores, shape=[batch, 4, 6, 5]) if early else s.op("div", scores, number(2.0))
+    if masked:
+        scores = s.op("add", scores, s.op("expand", s.draft.inputs[3], shape=[batch, 1, 6, 5]))
+    weights = safe_softmax(s, scores) if safe else s.op("softmax", scores, dim=3)
+    if early:
+        weights = s.op("reshape", weights, shape=[batch * 4, 6, 5])
+    y = s.op("reshape", s.op("matmul", weights, v), shape=[batch, 4, 6, 8])
+    y = s.op("reshape", s.op("permute", y, dims=[0, 2, 1, 3]), shape=[batch * 6, 32])
+    draft = check(s.returns(y), optimize, "reshape", "reshape", "reshape", "attention", "reshape")
+    attributes = draft.calls[3].attributes
+    assert attributes.masked_rows == ("zero" if safe else "nan")
+    assert attributes.scale == pytest.approx(0.35 if early else 0.5)
+
+
+def test_attention_of_one_head() -> None:
+    s = Sketch((2, 6, 8), (2, 5, 8), (2, 5, 8))
+    q, k, v = s.draft.inputs
+    weights = s.op("softmax", s.op("matmul", q, k, transpose_b=True), dim=2)
+    check(s.returns(s.op("matmul", weights, v)), optimize, "reshape", "reshape", "reshape", "attention", "reshape")
+
+
+def test_attention_weights_that_are_read_stay() -> None:
+    s = Sketch((2, 6, 8), (2, 5, 8), (2, 5, 8))
+    q, k, v = s.draft.inputs
+    weights = s.op("softmax", s.op("matmul", q, k, transpose_b=True), dim=2)
+    check(s.returns(s.op("matmul", weights, v), weights), optimize, "matmul", "softmax", "matmul")
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_what_only_looks_like_attention_stays(dim: int) -> None:
+    """A softmax over the wrong dimension; a scale after the mask."""
+    s = Sketch((2, 5, 8), (2, 5, 8), (2, 5, 8), (5, 5))
+    q, k, v, mask = s.draft.inputs
+    scores = s.op("mul", s.op("add", s.op("matmul", q, k, transpose_b=True), mask), number(2.0))
+    weights = s.op("softmax", scores, dim=dim)
+    check(s.returns(s.op("matmul", weights, v)), optimize, "matmul", "add", "mul", "softmax", "matmul")
+
+
+# epilogues
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu", "silu in parts"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_epilogue(name: str, residual: bool) -> None:
+    s = Sketch((6, 8), (2, 3, 5))
+    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
+    bias = constant(np.arange(5, dtype=np.float32))
+    y = s.op("reshape", s.op("linear", s.draft.inputs[0], weight), shape=[2, 3, 5])
+    y = s.op("add", y, bias)
+    if name == "silu in parts":
+        y = s.op("mul", y, s.op("sigmoid", y))
+    elif name == "gelu_tanh":
+        y = s.op("gelu", y, approximate="tanh")
+    else:
+        y = s.op(name, y)
+    expected = ["linear", "reshape"]
+    if residual:
+        y = s.op("add", s.draft.inputs[1], y)
+        expected.insert(0, "reshape")
+    draft = check(s.returns(y), optimize, *expected)
+    (layer,) = [call for call in draft.calls if call.op == "linear"]
+    assert layer.attributes.epilogue == name.split()[0]
+    assert [value is not None for value in layer.inputs] == [True, True, True, residual]
+
+
+def test_layers_with_other_readers_keep_their_results() -> None:
+    s = Sketch((6, 8), (6, 5))
+    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
+    y = s.op("linear", s.draft.inputs[0], weight)
+    check(s.returns(s.op("relu", y), s.op("add", y, s.draft.inputs[1])), optimize, "linear", "relu", "add")
+
+
+def test_an_activation_after_a_residual_stays() -> None:
+    s = Sketch((6, 8), (6, 5))
+    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
+    y = s.op("add", s.op("linear", s.draft.inputs[0], weight), s.draft.inputs[1])
+    draft = check(s.returns(s.op("relu", y)), optimize, "linear", "relu")
+    assert draft.calls[0].attributes.epilogue == "none"
+
+
+def test_one_residual_a_layer() -> None:
+    s = Sketch((6, 8), (6, 5), (6, 5))
+    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
+    y = s.op("add", s.op("linear", s.draft.inputs[0], weight), s.draft.inputs[1])
+    check(s.returns(s.op("add", y, s.draft.inputs[2])), optimize, "linear", "add")
+    s = Sketch((6, 8))
+    y = s.op("linear", s.draft.inputs[0], weight)
+    check(s.returns(s.op("add", y, y)), optimize, "linear", "add")

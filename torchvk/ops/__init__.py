@@ -1,6 +1,7 @@
 """What an operator is: attributes, shape rule, support rule, NumPy reference, kernels. One file a family."""
 
 # Importing a family registers its operators.
+from torchvk.ops import attention as attention
 from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise
 from torchvk.ops import indexing as indexing

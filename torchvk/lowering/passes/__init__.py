@@ -1,13 +1,15 @@
 """What makes a draft smaller and faster and leaves its results as they are. Every pass gives a new draft."""
 
 from torchvk.lowering.draft import Draft
+from torchvk.lowering.passes.attention import fuse_attention
 from torchvk.lowering.passes.clean import remove_dead, share
+from torchvk.lowering.passes.epilogue import fuse_epilogue
 from torchvk.lowering.passes.fold import fold_constants
 from torchvk.lowering.passes.linear import fuse_linear
 from torchvk.lowering.passes.views import simplify_views
 
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
-PASSES = (simplify_views, fuse_linear, fold_constants, share, remove_dead)
+PASSES = (simplify_views, fuse_attention, fuse_linear, fuse_epilogue, fold_constants, share, remove_dead)
 MAX_ROUNDS = 8
 
 
