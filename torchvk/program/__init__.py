@@ -8,12 +8,13 @@ from torchvk.program.describe import (
     TensorDescription,
     describe,
 )
-from torchvk.program.profile import Profile, Record, Row
+from torchvk.program.profile import Measurement, Profile, Record, Row
 from torchvk.program.program import Method, Program, load
 from torchvk.program.source import ProgramSource
 
 __all__ = [
     "DelegateDescription",
+    "Measurement",
     "Method",
     "MethodDescription",
     "Parameter",

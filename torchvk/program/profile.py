@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,19 @@ class Record:
     kernel: str = ""
     source: str = ""
     delegate: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What :meth:`Method.measure` gives: seconds on the device, a number a run, and what a run consists of."""
+
+    seconds: tuple[float, ...]
+    dispatches: int
+    barriers: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torchvk.program import operators
 from torchvk.program.arguments import Parameter, check_inputs, parameters
 from torchvk.program.describe import BACKEND, Graphs, ProgramDescription, describe_file, value_names
 from torchvk.program.interpreter import Interpreter, delegate_arguments
-from torchvk.program.profile import Profile, Record
+from torchvk.program.profile import Measurement, Profile, Record
 from torchvk.program.pte import Delegate, DelegateCall, KernelCall, ListValue, Plan, TensorValue, decode
 from torchvk.program.source import ProgramSource, located, open_source
 from torchvk.program.tensors import Array, as_array, to_torch
@@ -125,6 +125,33 @@ class Method:
                 records = self._profile_steps(checked, as_torch)
         return Profile(self.name, self._device, seconds, tuple(records))
 
+    def measure(self, *inputs: Any, repeats: int = 20) -> Measurement:
+        """Run ``repeats`` times with these inputs: how long the device was at work, by its timestamps.
+
+        Copies from and to the host, and what runs on the CPU, are not in it. Raises what a call raises.
+        """
+        with self._shared.lock:
+            self._shared.check_open()
+            checked, as_torch = check_inputs(self.name, self.parameters, inputs)
+            measured: list[tuple[Session, list[float]]] = []
+            if self._direct is not None:
+                session, takes, _ = self._direct
+                measured.append((session, session.measure([as_array(checked[i]) for i in takes], repeats)))
+            else:
+
+                def observe_delegate(delegate: int, arrays: list[Array]) -> None:
+                    session = self._sessions[delegate]
+                    measured.append((session, session.measure(arrays, repeats)))
+
+                assert self._interpreter is not None
+                self._interpreter.run(checked, as_torch, None, observe_delegate)
+            facts = [session.describe() for session, _ in measured]
+        return Measurement(
+            tuple(map(sum, zip(*(seconds for _, seconds in measured), strict=True))) or (0.0,) * repeats,
+            sum(fact.dispatches for fact in facts),
+            sum(fact.barriers for fact in facts),
+        )
+
     def _profile_steps(self, checked: list[Any], as_torch: bool) -> list[Record]:
         assert self._interpreter is not None
         records: list[Record] = []
@@ -185,6 +212,10 @@ class Program:
     def profile(self, *inputs: Any) -> Profile:
         """Profile ``forward``; see :meth:`Method.profile`."""
         return self.method("forward").profile(*inputs)
+
+    def measure(self, *inputs: Any, repeats: int = 20) -> Measurement:
+        """Measure ``forward``; see :meth:`Method.measure`."""
+        return self.method("forward").measure(*inputs, repeats=repeats)
 
     def close(self) -> None:
         """Free what the program holds on the device. Waits for a call in another thread; may be called again."""
