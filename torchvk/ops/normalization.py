@@ -41,6 +41,7 @@ WHOLE, SEGMENTS, STATES = 0, 1, 2
 # iterations in all.
 MAX_LINE = 4096
 SEGMENT = 1024
+MAX_TURNS = 4  # of shaders/normalization_rows.slang
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,39 @@ def _layer_norm_kernels(
     assert x is not None
     count = math.prod(x.shape[len(x.shape) - attributes.dims :])
     shape = Lines(x.numel // max(count, 1), count, 1)
+    if x.numel and (rows := _row_kernel(attributes, x, shape, weight, bias, capabilities)) is not None:
+        return Kernels((rows,))
     # Every binding needs a buffer: x stands in for what is absent and is not read as such.
     operands = (read(0 if weight is None else 1), read(0 if bias is None else 2))
     flags = (False, weight is not None, bias is not None)
     return _line_kernels("layer_norm", x, shape, operands, flags, attributes.eps, capabilities)
+
+
+def _row_kernel(
+    attributes: LayerNormAttributes,
+    x: TensorType,
+    shape: Lines,
+    weight: TensorType | None,
+    bias: TensorType | None,
+    capabilities: Capabilities,
+) -> Dispatch | None:
+    """The kernel that keeps a row in the registers of a workgroup, if rows suit it. (torchvk.ops.fusion knows it.)"""
+    if capabilities.kind == "cpu" or capabilities.tier < 1 or shape.count % 4 or shape.count <= 32:
+        return None
+    fours = shape.count // 4
+    # Four fours a thread at most; a subgroup at least.
+    local_size = max(capabilities.subgroup_size, 1 << (-(-fours // MAX_TURNS) - 1).bit_length())
+    if local_size > min(capabilities.max_workgroup_invocations, 64 * capabilities.subgroup_size):
+        return None
+    return Dispatch(
+        kernel=f"layer_norm_rows_{'f16' if x.dtype is DType.FLOAT16 else 'f32'}",
+        buffers=(read(0), read(0 if weight is None else 1), read(0 if bias is None else 2), write(0)),
+        groups=grid(shape.lines, capabilities, 1),
+        constants=(local_size, weight is not None, bias is not None, -(-fours // local_size)),
+        push=struct.pack("<2If", shape.lines, shape.count, attributes.eps),
+        bytes=2 * x.nbytes,
+        flops=5 * x.numel,
+    )
 
 
 def _layer_norm_reference(attributes: LayerNormAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:

@@ -14,6 +14,7 @@ from typing import Literal
 from torchvk.errors import TorchVkError, UnsupportedError
 from torchvk.graph import DType, Graph
 from torchvk.ops import Capabilities, Dispatch, Layout, choose_kernels, get
+from torchvk.ops.fusion import fuse
 
 ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
 PADDING = 16  # kernels may read whole uint4 words
@@ -140,7 +141,7 @@ def make_plan(
     for position in range(len(graph.nodes)):
         _add_node(draft, position)
     outputs = _add_outputs(draft, stage_outputs)
-    steps = _live(draft.steps, draft.storages)
+    steps = _fused(_live(draft.steps, draft.storages))
     _check_written(draft, steps)
     stages = _schedule(steps)
     return _lay_out(draft, stages, inputs, outputs)
@@ -295,6 +296,32 @@ def _live(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:
             needed.update(step.reads)
             kept.append(step)
     return kept[::-1]
+
+
+def _fused(steps: Sequence[Step]) -> list[Step]:
+    """The same with fewer dispatches: where torchvk.ops.fusion makes two one, the second joins the first."""
+    kept: list[Step] = []
+    writer: dict[int, int] = {}  # storage → position of the step that wrote it last
+    touched: set[int] = set()
+    for step in steps:
+        position = writer.get(step.reads[0], -1) if len(step.reads) == 1 else -1
+        first = kept[position] if position >= 0 else None
+        if (
+            first is not None
+            and first.dispatch is not None
+            and step.dispatch is not None
+            and first.writes == step.reads
+            and touched.isdisjoint(step.writes)
+            and (dispatch := fuse(first.dispatch, step.dispatch)) is not None
+        ):
+            buffers, writes = (*first.buffers, *step.writes), (*first.writes, *step.writes)
+            kept[position] = replace(first, dispatch=dispatch, buffers=buffers, writes=writes)
+        else:
+            kept.append(step)
+            position = len(kept) - 1
+        writer.update(dict.fromkeys(step.writes, position))
+        touched.update(step.buffers)
+    return kept
 
 
 def _check_written(draft: _Draft, steps: Sequence[Step]) -> None:
