@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,3 +132,13 @@ def run_op(
     """The outputs of one operator, computed on the Vulkan device as :func:`run_graph` does."""
     graph, arguments = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
     return run_graph(graph, arguments, max_tier=max_tier, variant=variant)
+
+
+def every_variant(
+    name: str, attributes: Any, inputs: Sequence[Array | None], **options: Any
+) -> Iterator[tuple[Array, ...]]:
+    """What :func:`run_op` gives, by the default kernels first and then by each other variant that is offered here."""
+    for variant in [None, *variant_names(name, attributes, inputs, **options)[1:]]:
+        if variant is not None:
+            print(f"variant {variant}")  # shown if the test fails
+        yield run_op(name, attributes, inputs, variant=variant, **options)

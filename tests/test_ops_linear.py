@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_op
+from harness import every_variant, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from variants import CPU, DEVICES, EPSILON, GPU, Array, assert_within, chosen_for
@@ -58,8 +58,8 @@ def check_linear(
     attributes = LinearAttributes(epilogue)
     (reference,) = ops.get("linear").reference(attributes, [x, weight, bias, residual])
     assert_within(reference, exact, bound, x.dtype)
-    (got,) = run_op("linear", attributes, [x, weight, bias, residual], constants=(1,))
-    assert_within(got, exact, bound, x.dtype)
+    for (got,) in every_variant("linear", attributes, [x, weight, bias, residual], constants=(1,)):
+        assert_within(got, exact, bound, x.dtype)
 
 
 def check_matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:
@@ -70,8 +70,8 @@ def check_matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: boo
     attributes = MatmulAttributes(transpose_a, transpose_b)
     (reference,) = ops.get("matmul").reference(attributes, operands)
     assert_within(reference, exact, bound, a.dtype)
-    (got,) = run_op("matmul", attributes, operands)
-    assert_within(got, exact, bound, a.dtype)
+    for (got,) in every_variant("matmul", attributes, operands):
+        assert_within(got, exact, bound, a.dtype)
 
 
 # Kernels

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import check_plan, run_graph, run_op
+from harness import check_plan, every_variant, run_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import DTYPES, OPERATOR, attributes, capabilities
@@ -74,14 +74,17 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
 
 
 def check(chosen: Any, inputs: list[Array | None], bits: int, **options: Any) -> Array:
-    """Run on the device and hold against float64."""
-    (result,) = run_op("quantized_linear", chosen, inputs, int4={1} if bits == 4 else set(), **options)
+    """Run on the device, by every variant unless one is named, and hold against float64; the (first) result."""
+    run = run_op if "variant" in options else every_variant
+    made: Any = run("quantized_linear", chosen, inputs, int4={1} if bits == 4 else set(), **options)
+    results: list[Array] = [*made] if run is run_op else [result for (result,) in made]
     assert inputs[0] is not None
-    assert result.dtype == inputs[0].dtype
     y, bound = expected(chosen, inputs)
-    assert result.shape == y.shape
-    assert np.all(np.abs(result - y) <= bound), np.max(np.abs(result - y) / bound)
-    return result
+    for result in results:
+        assert result.dtype == inputs[0].dtype
+        assert result.shape == y.shape
+        assert np.all(np.abs(result - y) <= bound), np.max(np.abs(result - y) / bound)
+    return results[0]
 
 
 # The operator on the device

@@ -91,7 +91,7 @@ def test_the_cache_is_written_and_read_again(tmp_path: Path, monkeypatch: pytest
         device.close()
     (path,) = (tmp_path / "new").iterdir()
     assert seen[0] == b""
-    assert len(seen[1]) >= 32  # Vulkan's own header
+    assert seen[1]  # Vulkan's own header, at least
     assert read_cache(path) == seen[1]
 
 

@@ -271,11 +271,15 @@ class Bench:
         """The median seconds of every chain; empty if there was no time for two rounds."""
         if not executions:
             return {}
-        if not self._warm:
-            warm = time.perf_counter() + (THOROUGH_WARM_SECONDS if thorough else WARM_SECONDS)
-            while time.perf_counter() < min(warm, until):
-                next(iter(executions.values())).measure(1)
-            self._warm = True
+        begin = time.perf_counter()
+        first = next(iter(executions.values()))
+        first.measure(1)
+        if (time.perf_counter() - begin) * len(executions) * SCREENED > until - begin:
+            return {}  # too slow a device to be kept busy with this
+        warm = begin + (THOROUGH_WARM_SECONDS if thorough else WARM_SECONDS)
+        while not self._warm and time.perf_counter() < min(warm, until):
+            first.measure(1)
+        self._warm = True
         times: dict[str, list[float]] = {name: [] for name in executions}
         for number in range(THOROUGH_ROUNDS if thorough else ROUNDS):
             fastest = min((min(values) for values in times.values() if values), default=math.inf)
@@ -305,8 +309,8 @@ class Chain:
 def _layers(kernels: Kernels, sets: int) -> int:
     flops = sum(dispatch.flops for dispatch in kernels.dispatches)
     nbytes = sum(dispatch.bytes for dispatch in kernels.dispatches)
-    long = min(CHAIN_FLOPS / max(flops, 1), CHAIN_BYTES / max(nbytes, 1))
-    return max(2, min(max(sets, 4), LAYERS, int(long)))
+    long = int(min(CHAIN_FLOPS / max(flops, 1), CHAIN_BYTES / max(nbytes, 1)))
+    return max(1, min(max(sets, 4), LAYERS, long))
 
 
 class _Once:

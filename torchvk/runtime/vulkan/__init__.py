@@ -5,6 +5,6 @@ Structures are made by :func:`make`, functions are attributes of :class:`Functio
 
 from torchvk.runtime.vulkan._ffi import ffi
 from torchvk.runtime.vulkan._registry import *  # noqa: F403
-from torchvk.runtime.vulkan.api import Functions, Struct, array, chain, enumerate_all, load, make
+from torchvk.runtime.vulkan.api import Functions, Struct, array, chain, enumerate_all, load, make, structures
 
-__all__ = ["Functions", "Struct", "array", "chain", "enumerate_all", "ffi", "load", "make"]
+__all__ = ["Functions", "Struct", "array", "chain", "enumerate_all", "ffi", "load", "make", "structures"]

@@ -7,6 +7,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from torchvk.errors import DeviceLostError, OutOfMemoryError, VulkanError
@@ -103,6 +104,7 @@ def make(type: str, /, **fields: Any) -> Struct:
     if type in STRUCTURE_TYPES:
         struct.sType = STRUCTURE_TYPES[type]
     owned = []
+    embedded = _embedded(type)
     for name, value in fields.items():
         if value is None:
             continue
@@ -110,7 +112,7 @@ def make(type: str, /, **fields: Any) -> Struct:
             value = ffi.new("char[]", value)
         if isinstance(value, ffi.CData):
             owned.append(value)
-            if _is_struct(struct, name):
+            if name in embedded:
                 value = value[0]
         setattr(struct, name, value)
     if owned:
@@ -118,9 +120,11 @@ def make(type: str, /, **fields: Any) -> Struct:
     return struct
 
 
-def _is_struct(struct: Struct, field: str) -> bool:
-    types: dict[str, Any] = dict(ffi.typeof(struct).item.fields)
-    return types[field].type.kind in ("struct", "union")
+@cache
+def _embedded(type: str) -> frozenset[str]:
+    """The fields that are structures themselves."""
+    fields = ffi.typeof(type).fields or ()
+    return frozenset(name for name, field in fields if field.type.kind in ("struct", "union"))
 
 
 def array(type: str, items: Sequence[Any]) -> Struct:
@@ -133,6 +137,14 @@ def array(type: str, items: Sequence[Any]) -> Struct:
     if owned:
         _alive[result] = owned
     return result
+
+
+def structures(type: str, count: int) -> Struct:
+    """An array of so many structures with their sType, to be filled in place."""
+    items = ffi.new(f"{type}[]", count)
+    for item in items:
+        item.sType = STRUCTURE_TYPES[type]
+    return items
 
 
 def chain(structures: Iterable[Struct]) -> Struct:
