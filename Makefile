@@ -43,9 +43,9 @@ unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=torchvk --cov-report=term
 	TORCHVK_MAX_TIER=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -m tier
 
-# What touches the device, on the GPU of this machine, by any Python that has numpy, torch, pytest and hypothesis: the
-# tests that export models are left out where executorch and torchao are missing. TORCHVK_VALIDATION=0 where the
-# validation layers are. TORCHVK_DEVICE says which GPU.
+# What touches the device, on the GPU of this machine, by any Python that has torchvk's own dependencies, torch and
+# pytest: tests that export models are left out where executorch and torchao are missing, those on generated examples
+# where hypothesis is. TORCHVK_VALIDATION=0 where the validation layers are missing. TORCHVK_DEVICE says which GPU.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu $$($(GPU_PYTHON) -c 'import xdist; print("-n auto --maxprocesses 8 --dist loadgroup")' 2>/dev/null)

@@ -32,6 +32,10 @@ EXPORTING = re.compile(
     r"|torchvk\.(?:lowering|partitioner|quantizer))\b",
     re.MULTILINE,
 )
+CAN_GENERATE = importlib.util.find_spec("hypothesis") is not None
+if not CAN_GENERATE:
+    import without_hypothesis  # noqa: F401
+
 CAN_EXPORT = all(importlib.util.find_spec(name) for name in ("executorch", "torchao"))
 collect_ignore = (
     [] if CAN_EXPORT else sorted(path.name for path in HERE.glob("test_*.py") if EXPORTING.search(path.read_text()))
@@ -48,6 +52,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not CAN_EXPORT:
         names = ", ".join(collect_ignore)
         terminalreporter.write_line(f"executorch or torchao is not installed; left out: {names} and the mark export")
+    if not CAN_GENERATE:
+        terminalreporter.write_line("hypothesis is not installed; left out: tests on generated examples")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,7 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if ON_THE_DEVICE.fullmatch(item.path.name) or item.get_closest_marker("tier"):
             item.add_marker("gpu")
-    marks = [*([] if CAN_EXPORT else ["export"]), *(["validation"] if os.environ["TORCHVK_VALIDATION"] == "0" else [])]
+    missing = {
+        "export": not CAN_EXPORT,
+        "hypothesis": not CAN_GENERATE,
+        "validation": os.environ["TORCHVK_VALIDATION"] == "0",
+    }
+    marks = [mark for mark, left_out in missing.items() if left_out]
     config.hook.pytest_deselected(items=[item for item in items if any(map(item.get_closest_marker, marks))])
     items[:] = [item for item in items if not any(map(item.get_closest_marker, marks))]
 

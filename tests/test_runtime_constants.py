@@ -33,7 +33,7 @@ def test_models_larger_than_the_memory_are_refused_with_numbers(own_device: Devi
     heaps = own_device.allocator._heaps
     heaps[:] = [1 << 20] * len(heaps)
     with pytest.raises(OutOfMemoryError, match=r"the model needs [\d,]+ bytes.*; 1,048,576 of 1,048,576 are"):
-        Session(with_large_constant(1 << 20))
+        Session(with_large_constant(2 << 20))
     with Session(arithmetic()) as session:  # the process can go on
         session.run(arithmetic_inputs())
 

@@ -174,7 +174,8 @@ def test_a_device_without_a_compute_queue_is_no_use() -> None:
     def graphics_only(real: Callable[..., None], handle: vk.Struct, count: vk.Struct, families: vk.Struct) -> None:
         real(handle, count, families)
         if families != vk.ffi.NULL:
-            families[0].queueFlags = 1
+            for index in range(count[0]):
+                families[index].queueFlags = 1
 
     info = physical_device(vkGetPhysicalDeviceQueueFamilyProperties=graphics_only).info
     assert info.problem == "it has no compute queue"
@@ -191,9 +192,9 @@ def features(present: set[str]) -> Callable[..., None]:
                 if kind == vk.STRUCTURE_TYPES[full]:
                     typed = vk.ffi.cast(f"{full} *", structure)
                     fields = typed.features if name == "" else typed
-                    for feature in present:
+                    for feature in {*TIER_1, *TIER_2}:
                         if hasattr(fields, feature):
-                            setattr(fields, feature, 1)
+                            setattr(fields, feature, int(feature in present))
             structure = vk.ffi.cast("VkPhysicalDeviceFeatures2 *", typed.pNext)
 
     return fill

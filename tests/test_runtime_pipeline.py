@@ -76,6 +76,7 @@ def test_an_unknown_kernel_is_an_error_and_the_others_are_kept() -> None:
 
 
 def test_the_cache_is_written_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    physical = open_device().physical
     monkeypatch.setenv("TORCHVK_CACHE_DIR", str(tmp_path / "new"))
     seen: list[bytes] = []
     real = pipeline.Pipelines._create_cache
@@ -86,7 +87,7 @@ def test_the_cache_is_written_and_read_again(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(pipeline.Pipelines, "_create_cache", create)
     for _ in range(2):
-        device = Device(open_device().physical)
+        device = Device(physical)
         device.pipelines.get([some_key()])
         device.close()
     (path,) = (tmp_path / "new").iterdir()

@@ -335,7 +335,9 @@ def test_describe_counts() -> None:
     with Session(arithmetic()) as session:
         description = session.describe()
     assert description.operators == {"add": 1, "mul": 1, "permute": 1}
-    assert (description.dispatches, description.copies, description.barriers) == (3, 0, 2)
+    # Where the host cannot read what kernels write, the output is copied.
+    copies = int(open_device().allocator.types["result"] is None)
+    assert (description.dispatches, description.copies, description.barriers) == (3, copies, 2 + copies)
     assert description.constant_bytes == 256
     assert description.arena_bytes == 512
     assert description.input_bytes == 512
