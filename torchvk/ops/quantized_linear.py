@@ -33,6 +33,7 @@ from torchvk.ops.operator import (
     Operator,
     OperatorError,
     Types,
+    Variants,
     grid,
     read,
     register,
@@ -42,6 +43,7 @@ from torchvk.ops.operator import (
 )
 from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, quantization, quantize, reads_texels
 from torchvk.ops.quantization import spreading as spread
+from torchvk.ops.quantized_linear_gemv import Case, few_rows
 from torchvk.ops.rounding import round_to_half
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
@@ -275,16 +277,37 @@ def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) 
     return Choice(f"quantized_gemm_{'integer' if dynamic else 'float'}", local_size // 4, 64, local_size)
 
 
-def _kernels(
+def _variants(
     attributes: QuantizedLinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
+) -> Variants:
     x, weight, scale, bias, residual = _operands(inputs)
     if outputs[0].numel == 0:
-        return Kernels(())
+        return (("nothing", Kernels(())),)
     packing = Packing.of(weight, attributes.group_size)
     m = math.prod(x.shape[:-1])
     scheme = attributes.scheme
+    few = few_rows(Case(packing, m, x, scale, bias, residual, attributes.epilogue, scheme, capabilities))
     choice = choose(m, packing, scheme is not None, capabilities)
+    return (*few, ("plain", _chosen(attributes, inputs, packing, m, choice, capabilities)))
+
+
+def _kernels(
+    attributes: QuantizedLinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    return _variants(attributes, inputs, outputs, capabilities)[0][1]
+
+
+def _chosen(
+    attributes: QuantizedLinearAttributes,
+    inputs: Types,
+    packing: Packing,
+    m: int,
+    choice: Choice,
+    capabilities: Capabilities,
+) -> Kernels:
+    """All dispatches around the chosen kernel."""
+    x, _, scale, bias, residual = _operands(inputs)
+    scheme = attributes.scheme
     dispatches: tuple[Dispatch, ...] = ()
     scratch: tuple[int, ...] = ()
     source = read(X, texels=choice.texels)
@@ -380,6 +403,7 @@ register(
         infer=_infer,
         reference=_reference,
         kernels=_kernels,
+        variants=_variants,
         attributes=QuantizedLinearAttributes,
         support=_support,
         constant_inputs=frozenset({WEIGHT, SCALE, BIAS}),

@@ -1,46 +1,125 @@
-"""quantized_linear for few rows on GPUs with subgroup shuffles: which kernel of quantized_linear_gemv.slang, and how.
+"""``quantized_linear`` for few rows on GPUs: weights read once, at the speed of memory.
 
-A workgroup owns some columns of y. Its subgroups are teams of ``split`` that share k; a lane of a team meets one
-piece (a uint4 of weights: 32 int4 or 16 int8) of each of ``COLUMNS`` columns at a time.
+Vector kernels (quantized_linear_gemv.slang, tier 1 with subgroup shuffles) for one to eight rows, and matrix kernels
+(quantized_linear_skinny.slang, tier 2) for up to 16, whose subgroups share k.
 """
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from torchvk.graph import DType, TensorType
-from torchvk.ops.operator import Arg, Array, Capabilities, Dispatch, Layout, grid, read, scratch_read
-from torchvk.ops.quantization import Rows, Scheme, quantization, spreading
+from torchvk.ops.epilogue import epilogue_constants
+from torchvk.ops.operator import (
+    Arg,
+    Array,
+    Capabilities,
+    Dispatch,
+    Kernels,
+    Layout,
+    Types,
+    Variants,
+    grid,
+    read,
+    scratch_read,
+    scratch_write,
+    write,
+)
+from torchvk.ops.quantization import Scheme, quantization, spreading
+from torchvk.ops.rounding import round_to_half
 
+if TYPE_CHECKING:
+    from torchvk.ops.quantized_linear import Packing
+
+X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
 UNIT = 32
 COLUMNS = 4  # columns of y whose weights a lane holds at a time
-MAX_SHARED = 32 << 10  # what a workgroup may take of shared memory
+STAGED_BYTES = 32 << 10  # of shared memory for x
+SUMS_BYTES = 8 << 10  # and for sums
+
+Mode = Literal["integer", "quantize", "float"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the kernels need to know of one quantized_linear."""
+
+    packing: Packing
+    m: int
+    x: TensorType
+    scale: TensorType
+    bias: TensorType | None
+    residual: TensorType | None
+    epilogue: Any
+    scheme: Scheme | None
+    capabilities: Capabilities
+
+    @property
+    def direct(self) -> bool:
+        """Whether kernels can read x as it is: its columns are the weight's, without padding."""
+        return self.packing.columns == self.packing.k
+
+    @property
+    def pieces(self) -> int:
+        """uint4s of weights in a row."""
+        return self.packing.columns * self.packing.bits // 128
 
 
 @dataclass(frozen=True)
 class Gemv:
-    """rows: of x that the kernel computes (the next power of two). columns: of y that a workgroup owns.
+    """How gemv runs. Its subgroups are teams of ``split`` that share k; ``workgroups``: how many there shall be.
 
     mode: "integer" meets x quantized by a dispatch before, "quantize" does that itself, "float" has x as floats.
-    stationary: a lane has one piece of x, which stays in its registers. chunk: pieces of x in shared memory.
     """
 
-    kernel: str
-    mode: str
-    rows: int
-    columns: int
+    mode: Mode
     local_size: int
     split: int
-    stationary: bool
-    chunk: int
-    x_words: int  # uint4s of x in shared memory
+    workgroups: int
 
     @property
-    def sums(self) -> int:
-        return self.rows * self.columns * self.split
+    def name(self) -> str:
+        return f"gemv_{self.mode}_{self.local_size}_{self.split}_{self.workgroups}"
+
+
+def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
+    """The dispatches, or None where the device has too little of something."""
+    packing, m, capabilities = case.packing, case.m, case.capabilities
+    rows = 1 << (m - 1).bit_length()
+    lanes = capabilities.subgroup_size
+    teams = gemv.local_size // lanes // gemv.split
+    block = COLUMNS * teams
+    columns = -(-packing.n // (gemv.workgroups * block)) * block
+    stationary = case.pieces <= gemv.split * lanes
+    half_x = case.x.dtype is DType.FLOAT16 and (gemv.mode == "quantize" or case.direct)
+    # uint4s of x that a piece meets.
+    words = (UNIT if packing.bits == 4 else UNIT // 2) // (16 if gemv.mode != "float" else 8 if half_x else 4)
+    chunk = case.pieces
+    if gemv.mode == "float" and stationary:
+        chunk = min(chunk, STAGED_BYTES // (16 * rows * words) - 1)
+    staged = 1 if gemv.mode == "integer" else rows * words * (chunk + 1)
+    sums = rows * columns * gemv.split
+    if 16 * staged + 4 * sums + 1024 * rows > capabilities.shared_memory or 4 * sums > SUMS_BYTES:
+        return None
+    dispatches, scratch, source = _activations(case, gemv.mode)
+    scheme = case.scheme
+    scales = read(SCALE, scale_layout(packing.n, packing.groups, case.scale.dtype))
+    quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0)
+    if scheme is not None:
+        smallest = float(scheme.smallest(case.x.dtype))
+        quantizing = (scheme.formula, scheme.symmetric, scheme.quant_min, scheme.quant_max, smallest)
+    group_pieces = max(1, packing.pitch * packing.bits // 128)
+    constants = (half_x, case.scale.dtype is DType.FLOAT16, group_pieces, packing.groups == 1, lanes, gemv.split)
+    constants = (*constants, stationary, sums, staged, chunk)
+    kernel = f"gemv_{gemv.mode}_{rows}"
+    tiles = -(-packing.n // columns)
+    return _finish(case, dispatches, scratch, source, kernel, gemv.local_size, scales, (*constants, *quantizing), (columns, tiles), (scales,))
 
 
 def scale_layout(n: int, groups: int, dtype: DType) -> Layout:
@@ -53,3 +132,172 @@ def scale_layout(n: int, groups: int, dtype: DType) -> Layout:
         return np.ascontiguousarray(padded.reshape(blocks, COLUMNS, groups).transpose(0, 2, 1))
 
     return Layout(f"quantized_scale_blocks_{COLUMNS}_{dtype.value}_{n}_{groups}", pack)
+
+
+def _activations(case: Case, mode: Mode) -> tuple[tuple[Dispatch, ...], tuple[int, ...], Arg]:
+    """Dispatches and scratch that bring x into the form that the kernel reads."""
+    rows = case.packing.rows(case.m, case.x.dtype)
+    if mode == "integer":
+        assert case.scheme is not None
+        dispatches, scratch = quantization(rows, X, case.scheme, case.capabilities, floats=False, texels=False)
+        return dispatches, scratch, scratch_read(0)
+    if mode == "float" and not case.direct:
+        dispatch, size = spreading(rows, X, case.capabilities, texels=False)
+        return (dispatch,), (size,), scratch_read(0)
+    return (), (), read(X)
+
+
+def _finish(
+    case: Case,
+    dispatches: tuple[Dispatch, ...],
+    scratch: tuple[int, ...],
+    source: Arg,
+    kernel: str,
+    local_size: int,
+    scales: Arg,
+    constants: Sequence[int | float],
+    tiles: tuple[int, int],
+    more: tuple[Arg, ...] = (),
+) -> Kernels:
+    """With the product, whose kernel has the bindings and constants of quantized_linear.slang and some more."""
+    packing, m, x = case.packing, case.m, case.x
+    weights = read(WEIGHT, packing.layout)
+    # With an odd number of columns neighbouring rows share words of halves: float32 first, then a pass that rounds.
+    detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
+    ending = epilogue_constants(case.epilogue, case.residual)
+    bias_code = 0 if case.bias is None else 1 if case.bias.dtype is DType.FLOAT32 else 2
+    shared = (local_size, packing.bits, case.scheme is not None, packing.half_groups, bias_code)
+    product = Dispatch(
+        kernel=kernel,
+        # Every binding needs a buffer: what is absent is replaced by one that is there, and not read.
+        buffers=(
+            source,
+            weights,
+            scales,
+            weights if case.bias is None else read(BIAS),
+            scratch_read(1) if len(scratch) > 1 else weights,
+            scratch_write(len(scratch)) if detour else write(0),
+            read(RESIDUAL) if ending[1] else weights,
+            *more,
+        ),
+        groups=grid(tiles[1], case.capabilities, 1),
+        constants=(*shared, x.dtype is DType.FLOAT16 and not detour, *ending, *constants),
+        push=struct.pack(
+            "<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles[0], tiles[1]
+        ),
+        bytes=x.nbytes + packing.nbytes + case.scale.nbytes + m * packing.n * x.dtype.bits // 8,
+        flops=2 * m * packing.n * packing.k,
+    )
+    if not detour:
+        return Kernels((*dispatches, product), scratch)
+    rounding = round_to_half(m * packing.n, len(scratch), case.capabilities)
+    return Kernels((*dispatches, product, rounding), (*scratch, 4 * m * packing.n))
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """A kernel of quantized_linear_skinny.slang: the matrices' shape, its tile of rows, columns and units a step."""
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    half: bool
+    lanes: int
+    split: int
+
+    @property
+    def name(self) -> str:
+        return f"skinny_{'x'.join(map(str, self.tile))}_{self.split}"
+
+    def shared_memory(self, one_group: bool) -> int:
+        """Bytes; see the shader."""
+        m, n, step = self.tile
+        operands = (m + n) * (UNIT * step * (2 if self.half else 1) + 16)
+        slab = max(operands, m * (4 * n + 16))
+        sums = 0 if self.half else step * n * (4 if one_group else 8)
+        return self.split * (slab + sums) + 4 * m
+
+
+def skinny_kernels(case: Case, skinny: Skinny) -> Kernels | None:
+    """The dispatches, or None where the device has too little of something."""
+    packing, capabilities = case.packing, case.capabilities
+    one_group = packing.groups == 1
+    local_size = skinny.lanes * skinny.split
+    if skinny.shared_memory(one_group) > capabilities.shared_memory or local_size > capabilities.max_workgroup_invocations:
+        return None
+    dispatches, scratch, source = _activations(case, "float" if skinny.half else "integer")
+    kind = "half" if skinny.half else "integer"
+    kernel = f"skinny_{kind}_{'x'.join(map(str, skinny.shape))}_{'x'.join(map(str, skinny.tile))}"
+    if one_group and not skinny.half:
+        kernel += "_one"
+    constants = (case.scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, one_group, skinny.split)
+    tiles = (1, -(-packing.n // skinny.tile[1]))
+    return _finish(case, dispatches, scratch, source, kernel, local_size, read(SCALE), constants, tiles)
+
+
+def few_rows(case: Case) -> Variants:
+    """The ways to run it with these kernels, by name, best first; none where they do not suit."""
+    capabilities, packing, m = case.capabilities, case.packing, case.m
+    if capabilities.kind == "cpu" or capabilities.tier < 1 or not capabilities.shuffle:
+        return ()
+    if packing.half_groups and packing.bits == 4:
+        return ()
+    found = [(gemv.name, gemv_kernels(case, gemv)) for gemv in _gemvs(case)]
+    skinnies = [(skinny.name, skinny_kernels(case, skinny)) for skinny in _skinnies(case)]
+    found = skinnies + found if m > _gemv_rows(case) else found + skinnies
+    return tuple((name, kernels) for name, kernels in found if kernels is not None)
+
+
+def _gemv_rows(case: Case) -> int:
+    """Rows up to which the vector kernels are faster than the matrix kernels."""
+    return 4 if case.scheme is not None else 1
+
+
+def _gemvs(case: Case) -> Iterator[Gemv]:
+    """Vector kernels, best first."""
+    scheme, m, lanes = case.scheme, case.m, case.capabilities.subgroup_size
+    if m > (4 if scheme is None else 8):
+        return
+    modes: list[Mode] = ["float"]
+    if scheme is not None:
+        modes = ["integer"]
+        if case.direct and m <= 4 and (scheme.per_token or m == 1):
+            modes = ["quantize", "integer"]
+    limit = min(case.capabilities.max_workgroup_invocations, case.capabilities.max_workgroup_size[0])
+    for mode in modes:
+        for local_size in (256, 128):
+            split = max(1, min(local_size // lanes, -(-case.pieces // lanes)))
+            split = 1 << (split.bit_length() - 1)
+            if local_size > limit or local_size % lanes:
+                continue
+            for workgroups in (264, 528):
+                yield Gemv(mode, local_size, split, workgroups)
+
+
+def _skinnies(case: Case) -> Iterator[Skinny]:
+    """Matrix kernels, best first."""
+    capabilities = case.capabilities
+    if capabilities.tier < 2 or not 2 <= case.m <= 16 or case.packing.half_groups:
+        return
+    half = case.scheme is None
+    if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.scale.dtype is DType.FLOAT16):
+        return
+    operand, result = ("float16", "float32") if half else ("int8", "int32")
+    offered = {
+        (s.m, s.n, s.k)
+        for s in capabilities.cooperative_matrices
+        if (s.a, s.b, s.c, s.result) == (operand, operand, result, result)
+    }
+    for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
+        if shape in offered and lanes == capabilities.subgroup_size:
+            for tile, split in tiles:
+                yield Skinny(shape, tile, half, lanes, split)
+
+
+HALF_TILES = (
+    ((16, 16, 16), 32, (((16, 32, 2), 6), ((16, 64, 1), 6), ((16, 64, 2), 4))),
+    ((8, 8, 8), 8, (((16, 32, 2), 4),)),
+)
+INTEGER_TILES = (
+    ((16, 16, 32), 32, (((16, 32, 4), 4), ((16, 64, 2), 5), ((16, 64, 4), 3))),
+    ((8, 8, 8), 8, (((16, 32, 4), 3),)),
+)
