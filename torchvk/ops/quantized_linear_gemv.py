@@ -105,15 +105,15 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
         chunk = min(chunk, STAGED_BYTES // (16 * rows * words) - 1)
     staged = 1 if gemv.mode == "integer" else rows * words * (chunk + 1)
     sums = rows * columns * gemv.split
-    if 16 * staged + 4 * sums + 1024 * rows > capabilities.shared_memory or 4 * sums > SUMS_BYTES:
+    if 16 * staged + 4 * sums + 2048 + 12 > capabilities.shared_memory or 4 * sums > SUMS_BYTES:
         return None
     dispatches, scratch, source = _activations(case, gemv.mode)
     scheme = case.scheme
     scales = read(SCALE, scale_layout(packing.n, packing.groups, case.scale.dtype))
-    quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0)
+    quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0, 1)
     if scheme is not None:
         smallest = float(scheme.smallest(case.x.dtype))
-        quantizing = (scheme.formula, scheme.symmetric, scheme.quant_min, scheme.quant_max, smallest)
+        quantizing = (scheme.formula, scheme.symmetric, scheme.quant_min, scheme.quant_max, smallest, -(-packing.columns // (8 * gemv.local_size)))
     group_pieces = max(1, packing.pitch * packing.bits // 128)
     constants = (half_x, case.scale.dtype is DType.FLOAT16, group_pieces, packing.groups == 1, lanes, gemv.split)
     constants = (*constants, stationary, sums, staged, chunk)
@@ -260,7 +260,7 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
     modes: list[Mode] = ["float"]
     if scheme is not None:
         modes = ["integer"]
-        if case.direct and m <= 4 and (scheme.per_token or m == 1):
+        if case.direct and m == 1:
             modes = ["quantize", "integer"]
     limit = min(case.capabilities.max_workgroup_invocations, case.capabilities.max_workgroup_size[0])
     for mode in modes:
