@@ -66,6 +66,9 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
         flat = residual.reshape(y.shape).astype(np.float64)
         y = y + flat
         bound = bound + EPSILON[np.float32] * (np.abs(y) + np.abs(flat))
+    if x.dtype == np.float16 and chosen.scheme is None:
+        # Matrix units take weights as eager mode does: rounded to float16.
+        bound = bound + EPSILON[np.float16] * size
     if x.dtype == np.float16:
         # Rounded once, at the end; below 2^-14 by half a unit of the denormals.
         bound = bound + EPSILON[np.float16] * np.abs(y) + 2.0**-25

@@ -6,7 +6,6 @@ Vector kernels (quantized_linear_gemv.slang, tier 1 with subgroup shuffles) for 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torchvk.ops.operator import (
     Dispatch,
     Kernels,
     Layout,
-    Types,
     Variants,
     grid,
     read,
@@ -96,6 +94,10 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     teams = gemv.local_size // lanes // gemv.split
     block = COLUMNS * teams
     columns = -(-packing.n // (gemv.workgroups * block)) * block
+    most = SUMS_BYTES // (4 * rows * gemv.split)
+    columns = min(columns, most // block * block)
+    if columns == 0:
+        return None
     stationary = case.pieces <= gemv.split * lanes
     half_x = case.x.dtype is DType.FLOAT16 and (gemv.mode == "quantize" or case.direct)
     # uint4s of x that a piece meets.
@@ -105,7 +107,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
         chunk = min(chunk, STAGED_BYTES // (16 * rows * words) - 1)
     staged = 1 if gemv.mode == "integer" else rows * words * (chunk + 1)
     sums = rows * columns * gemv.split
-    if 16 * staged + 4 * sums + 2048 + 12 > capabilities.shared_memory or 4 * sums > SUMS_BYTES:
+    if 16 * staged + 4 * sums + 2048 + 12 > capabilities.shared_memory:
         return None
     dispatches, scratch, source = _activations(case, gemv.mode)
     scheme = case.scheme
@@ -113,13 +115,24 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0, 1)
     if scheme is not None:
         smallest = float(scheme.smallest(case.x.dtype))
-        quantizing = (scheme.formula, scheme.symmetric, scheme.quant_min, scheme.quant_max, smallest, -(-packing.columns // (8 * gemv.local_size)))
+        quantizing = (
+            scheme.formula,
+            scheme.symmetric,
+            scheme.quant_min,
+            scheme.quant_max,
+            smallest,
+            -(-packing.columns // (8 * gemv.local_size)),
+        )
     group_pieces = max(1, packing.pitch * packing.bits // 128)
-    constants = (half_x, case.scale.dtype is DType.FLOAT16, group_pieces, packing.groups == 1, lanes, gemv.split)
+    half_scale = case.scale.dtype is DType.FLOAT16
+    constants: tuple[int | float, ...] = (half_x, half_scale, group_pieces, packing.groups == 1, lanes, gemv.split)
     constants = (*constants, stationary, sums, staged, chunk)
     kernel = f"gemv_{gemv.mode}_{rows}"
     tiles = -(-packing.n // columns)
-    return _finish(case, dispatches, scratch, source, kernel, gemv.local_size, scales, (*constants, *quantizing), (columns, tiles), (scales,))
+    constants = (*constants, *quantizing)
+    return _finish(
+        case, dispatches, scratch, source, kernel, gemv.local_size, scales, constants, (columns, tiles), (scales,)
+    )
 
 
 def scale_layout(n: int, groups: int, dtype: DType) -> Layout:
@@ -222,11 +235,15 @@ def skinny_kernels(case: Case, skinny: Skinny) -> Kernels | None:
     packing, capabilities = case.packing, case.capabilities
     one_group = packing.groups == 1
     local_size = skinny.lanes * skinny.split
-    if skinny.shared_memory(one_group) > capabilities.shared_memory or local_size > capabilities.max_workgroup_invocations:
+    if (
+        skinny.shared_memory(one_group) > capabilities.shared_memory
+        or local_size > capabilities.max_workgroup_invocations
+    ):
         return None
     dispatches, scratch, source = _activations(case, "float" if skinny.half else "integer")
     kind = "half" if skinny.half else "integer"
-    kernel = f"skinny_{kind}_{'x'.join(map(str, skinny.shape))}_{'x'.join(map(str, skinny.tile))}"
+    shape = "x".join(map(str, (*skinny.shape, skinny.lanes)))
+    kernel = f"skinny_{kind}_{shape}_{'x'.join(map(str, skinny.tile))}"
     if one_group and not skinny.half:
         kernel += "_one"
     constants = (case.scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, one_group, skinny.split)
@@ -241,7 +258,7 @@ def few_rows(case: Case) -> Variants:
         return ()
     if packing.half_groups and packing.bits == 4:
         return ()
-    found = [(gemv.name, gemv_kernels(case, gemv)) for gemv in _gemvs(case)]
+    found = [(name, gemv_kernels(case, gemv)) for name, gemv in {gemv.name: gemv for gemv in _gemvs(case)}.items()]
     skinnies = [(skinny.name, skinny_kernels(case, skinny)) for skinny in _skinnies(case)]
     found = skinnies + found if m > _gemv_rows(case) else found + skinnies
     return tuple((name, kernels) for name, kernels in found if kernels is not None)
@@ -259,18 +276,20 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
         return
     modes: list[Mode] = ["float"]
     if scheme is not None:
-        modes = ["integer"]
-        if case.direct and m == 1:
-            modes = ["quantize", "integer"]
+        # The range of one row is that of the tensor.
+        modes = ["quantize", "integer"] if m == 1 and case.direct else ["integer"]
     limit = min(case.capabilities.max_workgroup_invocations, case.capabilities.max_workgroup_size[0])
+    # Teams as wide as a row, if that is no wider than 16 subgroups.
+    width = -(-case.pieces // lanes)
+    split = width if width <= 16 else 4
+    split = min(split, limit // lanes)
+    if split == 0:
+        return
     for mode in modes:
-        for local_size in (256, 128):
-            split = max(1, min(local_size // lanes, -(-case.pieces // lanes)))
-            split = 1 << (split.bit_length() - 1)
-            if local_size > limit or local_size % lanes:
-                continue
-            for workgroups in (264, 528):
-                yield Gemv(mode, local_size, split, workgroups)
+        usual = 512 if mode == "quantize" else 256
+        for size, workgroups in ((usual, 264), (usual, 528), (usual // 2, 528)):
+            teams = max(1, min(size, limit) // (split * lanes))
+            yield Gemv(mode, teams * split * lanes, split, workgroups)
 
 
 def _skinnies(case: Case) -> Iterator[Skinny]:
@@ -293,11 +312,15 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
                 yield Skinny(shape, tile, half, lanes, split)
 
 
+# Matrix shapes, lanes of a subgroup, and (tile, split), best first.
 HALF_TILES = (
     ((16, 16, 16), 32, (((16, 32, 2), 6), ((16, 64, 1), 6), ((16, 64, 2), 4))),
+    ((16, 16, 16), 64, (((16, 64, 2), 4),)),
     ((8, 8, 8), 8, (((16, 32, 2), 4),)),
 )
 INTEGER_TILES = (
     ((16, 16, 32), 32, (((16, 32, 4), 4), ((16, 64, 2), 5), ((16, 64, 4), 3))),
+    ((16, 16, 16), 32, (((16, 64, 2), 5),)),
+    ((16, 16, 16), 64, (((16, 64, 2), 5),)),
     ((8, 8, 8), 8, (((16, 32, 4), 3),)),
 )
