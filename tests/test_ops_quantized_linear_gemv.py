@@ -38,7 +38,7 @@ def kernels_of(m: int, device: Capabilities, activation: str = "none", dtype: DT
         (1, "dynamic_per_token", {}, "gemv_quantize_1"),
         (1, "dynamic_per_tensor", {"tier": 1}, "gemv_quantize_1"),
         (3, "dynamic_per_token", {"tier": 1}, "gemv_integer_4"),
-        (8, "dynamic_per_token", {"tier": 1}, "gemv_integer_8"),
+        (8, "dynamic_per_token", {}, "gemv_integer_8"),
         (16, "dynamic_per_token", {}, "skinny_integer_16x16x32"),
         (1, "none", {}, "gemv_float_1"),
         (2, "none", {"tier": 1}, "gemv_float_2"),

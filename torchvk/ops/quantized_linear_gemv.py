@@ -41,6 +41,19 @@ COLUMNS = 4  # columns of y whose weights a lane holds at a time
 STAGED_BYTES = 32 << 10  # of shared memory for x
 SUMS_BYTES = 8 << 10  # and for sums
 
+# Matrix shapes, lanes of a subgroup, and (tile, split).
+HALF_TILES = (
+    ((16, 16, 16), 32, (((16, 64, 2), 4), ((16, 32, 2), 6))),
+    ((16, 16, 16), 64, (((16, 64, 2), 4),)),
+    ((8, 8, 8), 8, (((16, 32, 2), 4),)),
+)
+INTEGER_TILES = (
+    ((16, 16, 32), 32, (((16, 64, 2), 3), ((16, 32, 4), 4))),
+    ((16, 16, 16), 32, (((16, 64, 2), 3),)),
+    ((16, 16, 16), 64, (((16, 64, 2), 3),)),
+    ((8, 8, 8), 8, (((16, 32, 4), 3),)),
+)
+
 Mode = Literal["integer", "quantize", "float"]
 
 
@@ -266,7 +279,7 @@ def few_rows(case: Case) -> Variants:
 
 def _gemv_rows(case: Case) -> int:
     """Rows up to which the vector kernels are faster than the matrix kernels."""
-    return 4 if case.scheme is not None else 1
+    return 8 if case.scheme is not None else 4
 
 
 def _gemvs(case: Case) -> Iterator[Gemv]:
@@ -308,19 +321,6 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
     }
     for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
         if shape in offered and lanes == capabilities.subgroup_size:
-            for tile, split in tiles:
+            # Wide tiles read x less often; narrow ones are more, where there are few columns.
+            for tile, split in sorted(tiles, key=lambda t: -t[0][1] if case.packing.n >= 8192 else t[0][1]):
                 yield Skinny(shape, tile, half, lanes, split)
-
-
-# Matrix shapes, lanes of a subgroup, and (tile, split), best first.
-HALF_TILES = (
-    ((16, 16, 16), 32, (((16, 32, 2), 6), ((16, 64, 1), 6), ((16, 64, 2), 4))),
-    ((16, 16, 16), 64, (((16, 64, 2), 4),)),
-    ((8, 8, 8), 8, (((16, 32, 2), 4),)),
-)
-INTEGER_TILES = (
-    ((16, 16, 32), 32, (((16, 32, 4), 4), ((16, 64, 2), 5), ((16, 64, 4), 3))),
-    ((16, 16, 16), 32, (((16, 64, 2), 5),)),
-    ((16, 16, 16), 64, (((16, 64, 2), 5),)),
-    ((8, 8, 8), 8, (((16, 32, 4), 3),)),
-)
