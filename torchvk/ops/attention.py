@@ -166,7 +166,8 @@ def choose(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabil
 
 def _choose_lanes(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabilities) -> Choice:
     lanes = capabilities.subgroup_size
-    columns = 32 if sizes.width <= 32 else 64
+    broadcast = capabilities.shuffle and lanes == 8
+    columns = 64 if sizes.width > 32 and broadcast else 32
     if -(-sizes.keys // 8) * (-(-sizes.width // 4) + 2) > MAX_CPU_STEPS:
         raise UnsupportedError(f"attention to {sizes.keys} keys of width {sizes.width} is too long for CPU devices")
     elements = max(
@@ -175,7 +176,7 @@ def _choose_lanes(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: 
     )
     # Texels are whole: rows of whole texels, or of whole halves of them, are read by them.
     texels = elements * dtype.bits // 8 <= capabilities.max_texels * 16
-    suffix = ("_broadcast" if capabilities.shuffle and lanes == 8 else "") + ("_texels" if texels else "")
+    suffix = ("_broadcast" if broadcast else "") + ("_texels" if texels else "")
     return Choice(f"attention_lanes_{columns}{suffix}", 2 * lanes, columns, lanes, texels)
 
 
