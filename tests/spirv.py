@@ -123,8 +123,8 @@ TIER_CAPABILITIES = {
     0: {1, 46, 61, 6018, 6019, 5345},
     # + GroupNonUniformArithmetic, Float16, StorageBuffer16BitAccess
     1: {63, 9, 4433},
-    # + CooperativeMatrixKHR, Int16, Int8, StorageBuffer8BitAccess
-    2: {6022, 22, 39, 4448},
+    # + CooperativeMatrixKHR, VulkanMemoryModelDeviceScope, Int16, Int8, StorageBuffer8BitAccess
+    2: {6022, 5346, 22, 39, 4448},
 }
 
 

@@ -46,7 +46,14 @@ OPTIONAL = (
     "cooperativeMatrix",
 )
 TIER_1 = ("shaderFloat16", "storageBuffer16BitAccess")
-TIER_2 = ("cooperativeMatrix", "vulkanMemoryModel", "shaderInt16", "shaderInt8", "storageBuffer8BitAccess")
+TIER_2 = (
+    "cooperativeMatrix",
+    "vulkanMemoryModel",
+    "vulkanMemoryModelDeviceScope",
+    "shaderInt16",
+    "shaderInt8",
+    "storageBuffer8BitAccess",
+)
 COOPERATIVE_MATRIX = b"VK_KHR_cooperative_matrix"
 MEMORY_BUDGET = b"VK_EXT_memory_budget"
 PORTABILITY_SUBSET = b"VK_KHR_portability_subset"
