@@ -248,7 +248,7 @@ NVIDIA = replace(DEVICES["gpu_2"], shuffle=True, cooperative_matrices=matrices((
         ({}, "attention_matrix_16x16x16x32_32_1"),
         ({"subgroup_size": 64}, "attention_matrix_16x16x16x64_32_4"),
         ({"subgroup_size": 16, "cooperative_matrices": matrices((8, 16, 16))}, "attention_matrix_8x16x16x16_32_4"),
-        ({"subgroup_size": 8, "cooperative_matrices": matrices((8, 8, 8))}, "attention_matrix_8x8x8x8_32_1"),
+        ({"subgroup_size": 8, "cooperative_matrices": matrices((8, 8, 8))}, "attention_matrix_8x8x8x8_32_4"),
         ({"cooperative_matrices": matrices((8, 8, 8))}, "attention_tiled_32_16"),
         ({"shuffle": False}, "attention_tiled_32_16"),
         ({"shared_memory": 8192}, "attention_tiled_32_16"),

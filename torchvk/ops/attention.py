@@ -187,7 +187,7 @@ def _choose_matrix(sizes: Sizes, capabilities: Capabilities) -> Choice | None:
             continue
         # One subgroup a workgroup where four would leave much of the device idle.
         tiles = sizes.batch * sizes.heads * -(-sizes.queries // (4 * shape[0]))
-        groups = 1 if tiles < BUSY and (shape, lanes) in (MATRICES[0], MATRICES[3]) else 4
+        groups = 1 if tiles < BUSY and (shape, lanes) == MATRICES[0] else 4
         rows = groups * shape[0]
         shared = 16 * (2 * keys * (width // 8 + 1) + rows * (max(width, keys) // 4 + 2)) + 4 * rows
         if shared <= capabilities.shared_memory and groups * lanes <= capabilities.max_workgroup_invocations:
