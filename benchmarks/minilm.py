@@ -6,8 +6,8 @@
 
 The time of a call is from the first dispatch to the end of the last, without copies from and to the host; PyTorch's is
 that of a CUDA graph with inputs on the GPU. ``/16``: computed in float16 (``force_fp16``). Loading is timed in fresh
-processes: cold with an empty cache folder, warm with the one that the cold one left. Kernels with variants are timed
-before (TORCHVK_TUNE=0 leaves them as the rules say), but not in the processes that load.
+processes, after imports: cold with an empty cache folder, warm with the one that the cold one left. Kernels with
+variants are timed before (TORCHVK_TUNE=0 leaves them as the rules say), but not in the processes that load.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def inputs_of(batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 def loaded(path: Path, cache: str, device: str | None) -> float:
     """Seconds to load in a fresh process: from torchvk.load to a program that can be called."""
     code = (
-        "import sys, time, torchvk; begin = time.perf_counter(); "
+        "import sys, time, torchvk.runtime, torchvk.program; begin = time.perf_counter(); "
         "program = torchvk.load(sys.argv[1], device=sys.argv[2] or None); "
         "print(time.perf_counter() - begin); program.close()"
     )

@@ -17,6 +17,7 @@ from torchvk.lowering.passes.clean import remove_dead, share
 from torchvk.lowering.passes.float16 import to_float16
 from torchvk.lowering.passes.fold import MAX_BYTES, fold_constants
 from torchvk.lowering.passes.linear import fuse_linear
+from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 from torchvk.lowering.refusal import Refused
 from torchvk.lowering.types import promote
@@ -427,3 +428,56 @@ def test_one_residual_a_layer() -> None:
     s = Sketch((6, 8))
     y = s.op("linear", s.draft.inputs[0], weight)
     check(s.returns(s.op("add", y, y)), optimize, "linear", "add")
+
+
+# sums
+
+
+def test_constants_that_are_added_in_turn_become_one() -> None:
+    s = Sketch((2, 3, 4))
+    rng = np.random.default_rng(1)
+    a, b = (constant(rng.standard_normal(shape).astype(np.float32)) for shape in ((1, 3, 4), (4,)))
+    y = s.op("add", b, s.op("add", s.draft.inputs[0], a))
+    check(s.returns(s.op("exp", y)), fuse_sums, "add", "exp")
+
+
+def test_constants_of_sums_that_are_read_stay() -> None:
+    s = Sketch((3, 4))
+    a = constant(np.ones(4, np.float32))
+    y = s.op("add", s.draft.inputs[0], a)
+    check(s.returns(y, s.op("add", y, a)), fuse_sums, "add", "add")
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_weighted_mean(keepdim: bool, broadcast: bool) -> None:
+    """As sentence encoders pool: tokens by their mask."""
+    s = Sketch((2, 5, 4), (1 if broadcast else 2, 5, 1))
+    x, w = s.draft.inputs
+    y = s.op("sum", s.op("mul", w, x), dims=[1], keepdim=keepdim)
+    expected = ["reshape", "matmul"] + ([] if keepdim else ["reshape"])
+    check(s.returns(y), fuse_sums, *expected)
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(2, (2, 5, 1)), (1, (2, 5, 4)), (1, (2, 1, 4))])
+def test_other_sums_of_products_stay(dim: int, shape: tuple[int, ...]) -> None:
+    s = Sketch((2, 5, 4), shape)
+    check(s.returns(s.op("sum", s.op("mul", *s.draft.inputs), dims=[dim])), fuse_sums, "mul", "sum")
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_normalize(dim: int) -> None:
+    s = Sketch((3, 4))
+    x = s.op("exp", s.draft.inputs[0])
+    length = s.op("sqrt", s.op("sum", s.op("mul", x, x), dims=[dim], keepdim=True))
+    y = s.op("div", x, s.op("expand", s.op("clamp", length, min=1e-12), shape=[3, 4]))
+    draft = check(s.returns(y), optimize, "exp", "l2_normalize")
+    assert (draft.calls[1].attributes.dim, draft.calls[1].attributes.eps) == (dim, 1e-12)
+
+
+def test_division_by_another_length_stays() -> None:
+    s = Sketch((3, 4), (3, 4))
+    x, other = s.draft.inputs
+    length = s.op("sqrt", s.op("sum", s.op("mul", other, other), dims=[1], keepdim=True))
+    y = s.op("div", x, s.op("clamp", length, min=1e-12))
+    check(s.returns(y), optimize, "mul", "sum", "sqrt", "clamp", "div")

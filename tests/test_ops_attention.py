@@ -20,7 +20,8 @@ from torchvk import ops, shaders
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
 from torchvk.ops.attention import AttentionAttributes, Sizes, choose
-from torchvk.ops.operator import OperatorError
+from torchvk.ops.operator import CooperativeMatrixShape, OperatorError
+from torchvk.runtime.device import max_tier, open_device
 
 FLOATS = ("float32", "float16")
 
@@ -57,6 +58,14 @@ def exact(q: Array, k: Array, v: Array, mask: Array | None, attributes: Attentio
     return (weights @ values).transpose(0, 2, 1, 3), np.nan_to_num(bound.transpose(0, 2, 1, 3))
 
 
+def on_matrices(attributes: AttentionAttributes, operands: list[Array | None]) -> bool:
+    """Whether this device, as it says it is, would take matrix units."""
+    types = [None if x is None else TensorType(DType.of(x.dtype), x.shape) for x in operands]
+    operator, capabilities = ops.get("attention"), open_device().physical.capabilities(max_tier(None))
+    chosen = operator.kernels(attributes, types, operator.infer(attributes, types), capabilities)
+    return any("matrix" in dispatch.kernel for dispatch in chosen.dispatches)
+
+
 def check(
     q: Array,
     k: Array,
@@ -64,12 +73,11 @@ def check(
     mask: Array | None = None,
     scale: float | None = None,
     rows: Any = "nan",
-    matrix: bool = False,
 ) -> None:
     attributes = AttentionAttributes(q.shape[3] ** -0.5 if scale is None else scale, rows)
     want, bound = exact(q, k, v, mask, attributes)
     assert_within(ops.get("attention").reference(attributes, [q, k, v, mask])[0], want, bound, q.dtype)
-    if matrix:
+    if on_matrices(attributes, [q, k, v, mask]):
         share = q.shape[2] // k.shape[2]
         largest = np.abs(np.repeat(v, share, axis=2).astype(np.float64)).max(1, keepdims=True)
         bound = bound + 2 * HALF_EPSILON * largest
@@ -98,6 +106,8 @@ def operands(
         (1, 20, 70, 1, 256),
         (3, 1, 1, 1, 2),
         (1, 40, 8, 2, 6),
+        (2, 70, 130, 2, 32),
+        (1, 30, 100, 3, 128),
     ],
 )
 def test_sizes(
@@ -223,3 +233,37 @@ def test_many_queries_take_larger_tiles() -> None:
     few = choose(Sizes(1, 128, 128, 12, 1, 32), DType.FLOAT32, 0, replace(DEVICES["gpu_1"]))
     many = choose(Sizes(32, 128, 128, 12, 1, 32), DType.FLOAT32, 0, replace(DEVICES["gpu_1"]))
     assert few.queries < many.queries
+
+
+def matrices(*shapes: tuple[int, int, int]) -> tuple[CooperativeMatrixShape, ...]:
+    return tuple(CooperativeMatrixShape(m, n, k, "float16", "float16", "float32", "float32") for m, n, k in shapes)
+
+
+NVIDIA = replace(DEVICES["gpu_2"], shuffle=True, cooperative_matrices=matrices((16, 8, 8), (16, 8, 16), (16, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "attention_matrix_16x16x16x32_32_1"),
+        ({"subgroup_size": 64}, "attention_matrix_16x16x16x64_32_4"),
+        ({"subgroup_size": 16, "cooperative_matrices": matrices((8, 16, 16))}, "attention_matrix_8x16x16x16_32_4"),
+        ({"subgroup_size": 8, "cooperative_matrices": matrices((8, 8, 8))}, "attention_matrix_8x8x8x8_32_4"),
+        ({"cooperative_matrices": matrices((8, 8, 8))}, "attention_tiled_32_16"),
+        ({"shuffle": False}, "attention_tiled_32_16"),
+        ({"shared_memory": 8192}, "attention_tiled_32_16"),
+        ({"tier": 1}, "attention_tiled_32_16"),
+    ],
+)
+def test_choice_of_matrices(changes: dict[str, Any], kernel: str) -> None:
+    capabilities = replace(NVIDIA, **changes)
+    choice = choose(Sizes(1, 128, 128, 12, 1, 32), DType.FLOAT16, 0, capabilities)
+    assert choice.kernel == kernel
+    assert choice.kernel in shaders.names()
+    assert "tiled" in choose(Sizes(1, 128, 128, 12, 1, 32), DType.FLOAT32, 0, capabilities).kernel
+    assert "tiled" in choose(Sizes(1, 128, 128, 12, 1, 36), DType.FLOAT16, 0, capabilities).kernel
+
+
+def test_many_queries_share_a_workgroup() -> None:
+    assert choose(Sizes(32, 128, 128, 12, 1, 32), DType.FLOAT16, 0, NVIDIA).local_size == 128
+    assert choose(Sizes(1, 128, 128, 12, 1, 32), DType.FLOAT16, 0, NVIDIA).local_size == 32

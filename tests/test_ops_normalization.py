@@ -24,7 +24,7 @@ from variants import DEVICES, EPSILON, Array, assert_within, chosen_for
 
 from torchvk import ops
 from torchvk.graph import DType, TensorType
-from torchvk.ops.normalization import MAX_LINE, LayerNormAttributes, SoftmaxAttributes
+from torchvk.ops.normalization import MAX_LINE, LayerNormAttributes, NormalizeAttributes, SoftmaxAttributes
 
 KINDS = ("this", "gpu")
 NAMES = ("softmax", "log_softmax")
@@ -281,3 +281,28 @@ def test_operands_that_make_no_sense(
     types = [None if given is None else TensorType(DType(given[0]), given[1]) for given in inputs]
     with pytest.raises(ops.OperatorError, match=message):
         ops.get(name).infer(attributes, types)
+
+
+# l2_normalize
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((3, 384), 1), ((5, 7), 0), ((4, 33), 1), ((2, 300, 3), 1), ((2, 5000), 1), ((6, 1), 1)]
+)
+def test_l2_normalize(rng: np.random.Generator, kind: str, dtype: str, shape: tuple[int, ...], dim: int) -> None:
+    x = rng.standard_normal(shape).astype(dtype)
+    x[(0,) * dim + (slice(None),)] = 0
+    exact = torch.nn.functional.normalize(torch.from_numpy(x.astype(np.float64)), dim=dim).numpy()
+    bound = (chain(shape[dim]) + 8) * EPSILON * np.abs(exact)
+    attributes = NormalizeAttributes(dim, 1e-12)
+    with as_kind("l2_normalize", kind):
+        for got in (ops.get("l2_normalize").reference(attributes, [x])[0], run_op("l2_normalize", attributes, [x])[0]):
+            assert_within(got, exact, bound, dtype)
+
+
+def test_l2_normalize_not_finite() -> None:
+    x = np.array([[1, np.nan, 2], [3, np.inf, 4], [1e-20, 0, 0]], np.float32)
+    expected = torch.nn.functional.normalize(torch.from_numpy(x), dim=1).numpy()
+    np.testing.assert_array_equal(run_op("l2_normalize", NormalizeAttributes(1, 1e-12), [x])[0], expected)

@@ -142,6 +142,12 @@ def _reference(attributes: AttentionAttributes, inputs: Sequence[Array | None]) 
         return (np.ascontiguousarray(y.transpose(0, 2, 1, 3)).astype(q.dtype),)
 
 
+# Cooperative matrices, and the lanes of a subgroup, that shaders/attention_matrix.slang has kernels for.
+MATRICES = (((16, 16, 16), 32), ((16, 16, 16), 64), ((8, 16, 16), 16), ((8, 8, 8), 8))
+# Workgroups that keep a large GPU busy.
+BUSY = 128
+
+
 @dataclass(frozen=True)
 class Choice:
     """A kernel: how many queries and columns a workgroup computes, its size, whether operands are texels."""
@@ -157,6 +163,8 @@ def choose(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabil
     """The kernel: pure, by sizes and capabilities."""
     if capabilities.kind == "cpu":
         return _choose_lanes(sizes, dtype, mask_elements, capabilities)
+    if dtype is DType.FLOAT16 and (choice := _choose_matrix(sizes, capabilities)) is not None:
+        return choice
     width = next(w for w in (32, 64, 128, 256) if sizes.width <= w)
     # 128 threads, which any device has. Fewer queries a workgroup where there would be too few workgroups.
     tiles = sizes.batch * sizes.heads * -(-sizes.queries // 32)
@@ -164,9 +172,34 @@ def choose(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabil
     return Choice(f"attention_tiled_{width}_{8 * rows}", 8 * rows, width, 128)
 
 
+def _choose_matrix(sizes: Sizes, capabilities: Capabilities) -> Choice | None:
+    if capabilities.tier < 2 or not capabilities.shuffle or sizes.width % 8 or sizes.width > 128:
+        return None
+    shapes = {
+        (shape.m, shape.n, shape.k)
+        for shape in capabilities.cooperative_matrices
+        if (shape.a, shape.b, shape.c, shape.result) == ("float16", "float16", "float32", "float32")
+    }
+    width = next(w for w in (32, 64, 128) if sizes.width <= w)
+    keys = 32 if width > 64 else 64
+    for shape, lanes in MATRICES:
+        if shape not in shapes or lanes != capabilities.subgroup_size:
+            continue
+        # One subgroup a workgroup where four would leave much of the device idle.
+        tiles = sizes.batch * sizes.heads * -(-sizes.queries // (4 * shape[0]))
+        groups = 1 if tiles < BUSY and (shape, lanes) == MATRICES[0] else 4
+        rows = groups * shape[0]
+        shared = 16 * (2 * keys * (width // 8 + 1) + rows * (max(width, keys) // 4 + 2)) + 4 * rows
+        if shared <= capabilities.shared_memory and groups * lanes <= capabilities.max_workgroup_invocations:
+            name = f"attention_matrix_{'x'.join(map(str, (*shape, lanes)))}_{width}_{groups}"
+            return Choice(name, rows, width, groups * lanes)
+    return None
+
+
 def _choose_lanes(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabilities) -> Choice:
     lanes = capabilities.subgroup_size
-    columns = 32 if sizes.width <= 32 else 64
+    broadcast = capabilities.shuffle and lanes == 8
+    columns = 64 if sizes.width > 32 and broadcast else 32
     if -(-sizes.keys // 8) * (-(-sizes.width // 4) + 2) > MAX_CPU_STEPS:
         raise UnsupportedError(f"attention to {sizes.keys} keys of width {sizes.width} is too long for CPU devices")
     elements = max(
@@ -175,7 +208,7 @@ def _choose_lanes(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: 
     )
     # Texels are whole: rows of whole texels, or of whole halves of them, are read by them.
     texels = elements * dtype.bits // 8 <= capabilities.max_texels * 16
-    suffix = ("_broadcast" if capabilities.shuffle and lanes == 8 else "") + ("_texels" if texels else "")
+    suffix = ("_broadcast" if broadcast else "") + ("_texels" if texels else "")
     return Choice(f"attention_lanes_{columns}{suffix}", 2 * lanes, columns, lanes, texels)
 
 

@@ -53,12 +53,12 @@ def _tokens(dispatch: Dispatch) -> _Tokens | None:
     """What a dispatch of torchvk.ops.quantization does, if it is of that kind."""
     if dispatch.kernel == "quantize_tokens":
         _, _, _, formula, symmetric, floats = dispatch.constants
-        rows, count, columns, group, _, low, high, smallest = struct.unpack("<5I2if", dispatch.push)
+        rows, count, columns, group, _, low, high, smallest = struct.unpack_from("<5I2if", dispatch.push)
         if floats or group != columns:
             return None
     elif dispatch.kernel == "quantize_rows_tokens":
         _, _, formula, symmetric, _ = dispatch.constants
-        rows, count, columns, _, low, high, smallest = struct.unpack("<4I2if", dispatch.push)
+        rows, count, columns, _, low, high, smallest = struct.unpack_from("<4I2if", dispatch.push)
     else:
         return None
     if count != columns:

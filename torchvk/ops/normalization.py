@@ -1,4 +1,4 @@
-"""softmax, log_softmax and layer_norm: float32 arithmetic whatever the dtype.
+"""softmax, log_softmax, layer_norm and l2_normalize: float32 arithmetic whatever the dtype.
 
 Accuracy: layer_norm's mean and variance come from blocks of 8 elements, each in two passes, merged by Chan's
 formulae, so a large mean does not cancel. softmax rescales its sum only where a block holds a new largest element.
@@ -50,6 +50,14 @@ class SoftmaxAttributes:
 
 
 @dataclass(frozen=True)
+class NormalizeAttributes:
+    """eps: what lines are at least divided by."""
+
+    dim: int
+    eps: float = 1e-12
+
+
+@dataclass(frozen=True)
 class LayerNormAttributes:
     """dims: how many trailing dimensions are normalized together."""
 
@@ -67,7 +75,7 @@ class Lines:
 
 
 def _line_kernels(
-    name: Literal["softmax", "layer_norm"],
+    name: Literal["softmax", "layer_norm", "l2_normalize"],
     x: TensorType,
     shape: Lines,
     operands: tuple[Arg, ...],
@@ -171,6 +179,49 @@ def _register_softmax(name: Literal["softmax", "log_softmax"], summary: str) -> 
 
 SOFTMAX = _register_softmax("softmax", "exp(x - max) / Σ exp(x - max) along a dimension")
 LOG_SOFTMAX = _register_softmax("log_softmax", "Logarithm of softmax along a dimension, without loss in the tails")
+
+
+# l2_normalize
+
+
+def _infer_normalize(attributes: NormalizeAttributes, inputs: Types) -> tuple[TensorType, ...]:
+    x = one_input("l2_normalize", inputs)
+    check_dims("l2_normalize", (attributes.dim,), x.shape)
+    expect(x.dtype in FLOATS, f"l2_normalize takes float32 or float16, got {x}")
+    return (x,)
+
+
+def _normalize_kernels(
+    attributes: NormalizeAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    x = one_input("l2_normalize", inputs)
+    count = x.shape[attributes.dim] if x.shape else 1
+    inner = math.prod(x.shape[attributes.dim + 1 :])
+    shape = Lines(x.numel // max(count, 1), count, inner)
+    return _line_kernels("l2_normalize", x, shape, (), (False, False, False), attributes.eps, capabilities)
+
+
+def _normalize_reference(attributes: NormalizeAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+    x = inputs[0]
+    assert x is not None
+    wide = np.atleast_1d(x).astype(np.float32)
+    with np.errstate(all="ignore"):
+        length = np.sqrt(np.square(wide).sum(attributes.dim, keepdims=True, dtype=np.float32))
+        y = wide / np.maximum(length, np.float32(attributes.eps))
+        return (y.astype(x.dtype).reshape(x.shape),)
+
+
+L2_NORMALIZE = register(
+    Operator(
+        name="l2_normalize",
+        summary="x / max(√Σ x², eps) along a dimension",
+        attributes=NormalizeAttributes,
+        infer=_infer_normalize,
+        reference=_normalize_reference,
+        kernels=_normalize_kernels,
+        dtypes=FLOATS,
+    )
+)
 
 
 # layer_norm
