@@ -15,7 +15,7 @@ BUSY = 96
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A kernel's tile: the cooperative matrix's shape, lanes of a subgroup, results and columns a step of a
-    workgroup, its subgroups (rows × columns × split over k)."""
+    workgroup, its subgroups (rows × columns × split over k), and how many steps ahead operands are loaded."""
 
     shape: tuple[int, int, int]
     lanes: int
@@ -23,6 +23,7 @@ class Tile:
     n: int
     depth: int
     subgroups: tuple[int, int, int]
+    ahead: int = 1
 
     @property
     def threads(self) -> int:
@@ -34,7 +35,7 @@ class Tile:
         """As in the kernel's name and in a variant's."""
         rows, columns, split = self.subgroups
         shape = "x".join(map(str, (*self.shape, self.lanes)))
-        return f"{shape}_{self.m}x{self.n}x{self.depth}_{rows}x{columns}x{split}"
+        return f"{shape}_{self.m}x{self.n}x{self.depth}_{rows}x{columns}x{split}_{self.ahead}"
 
     def shared(self, per_word: int, both: bool = True) -> int:
         """Bytes of shared memory, with ``per_word`` elements in 16 bytes (see matrix.slang); ``both``: of the operands
@@ -66,6 +67,7 @@ class Tile:
             "FRAGS_M": self.m // rows // self.shape[0],
             "FRAGS_N": self.n // columns // self.shape[1],
             "DEPTH": self.depth,
+            "AHEAD": self.ahead,
         }
 
 
