@@ -12,6 +12,8 @@ import numpy as np
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
+from torchvk.ops.matrix import Tile, pick, plausible, tiles_of
+from torchvk.ops.matrix_half import TILES
 from torchvk.ops.operator import (
     Arg,
     Array,
@@ -20,6 +22,7 @@ from torchvk.ops.operator import (
     Kernels,
     Operator,
     Types,
+    Variants,
     expect,
     grid,
     read,
@@ -92,7 +95,7 @@ class Product:
 @dataclass(frozen=True)
 class Choice:
     """A kernel for a Product: its tile, its workgroup size, how many elements it loads at once where rows allow,
-    and whether A and B are bound as texel buffers."""
+    whether A and B are bound as texel buffers, and whether it multiplies cooperative matrices."""
 
     kernel: str
     tile_m: int
@@ -100,10 +103,11 @@ class Choice:
     local_size: int
     group: int
     texels: bool = False
+    matrix: bool = False
 
 
 def choose(product: Product, capabilities: Capabilities) -> Choice:
-    """The kernel for a product: pure, and the one place that a new kernel (cooperative matrices at tier 2) joins."""
+    """The kernel for a product: pure, and the one place that a new kernel joins."""
     name = "f16" if product.dtype is DType.FLOAT16 else "f32"
     if capabilities.kind == "cpu":
         return _choose_lanes(product, capabilities, name)
@@ -113,8 +117,24 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
             suffix = "_subgroup" if capabilities.tier >= 1 else ""
             return Choice(f"gemv_rows_{name}{suffix}", 4, 4, local_size, 4)
         return Choice(f"gemv_columns_{name}", 4, 64, local_size, 2)
+    tiles = matrix_tiles(product, capabilities)
+    if tiles:
+        return _matrix_choice(pick(tiles, product.m, product.n, product.batches))
     local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
     return Choice(f"gemm_tiled_{name}", local_size // 4, 64, local_size, 4)
+
+
+def matrix_tiles(product: Product, capabilities: Capabilities) -> tuple[Tile, ...]:
+    """Tiles of cooperative matrices that a product may use: float16, or float32 rounded to it where that is allowed."""
+    if product.dtype is DType.FLOAT32 and (
+        capabilities.matmul_precision == "highest" or product.contiguous_a % 8 or product.contiguous_b % 8
+    ):
+        return ()
+    return tiles_of(TILES, capabilities, "float16", "float32")
+
+
+def _matrix_choice(tile: Tile) -> Choice:
+    return Choice(f"gemm_matrix_{tile.name}", tile.m, tile.n, tile.threads, 8, matrix=True)
 
 
 def _choose_lanes(product: Product, capabilities: Capabilities, name: str) -> Choice:
@@ -144,12 +164,23 @@ class Slots:
     ending: tuple[int, int] = (0, 0)
 
 
-def _kernels(product: Product, slots: Slots, capabilities: Capabilities) -> Kernels:
+def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Variants:
+    """The chosen tile of cooperative matrices first, then those that may be better."""
+    count = product.batches * product.m * product.n
+    if count == 0 or not (chosen := choose(product, capabilities)).matrix:
+        return ()
+    choices = {chosen: None}
+    for tile in plausible(matrix_tiles(product, capabilities), product.m, product.n, product.batches):
+        choices[_matrix_choice(tile)] = None
+    return tuple((choice.kernel, _kernels(product, slots, capabilities, choice)) for choice in choices)
+
+
+def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice: Choice | None = None) -> Kernels:
     """Dispatches of a product."""
     count = product.batches * product.m * product.n
     if count == 0:
         return Kernels(())
-    choice = choose(product, capabilities)
+    choice = choice or choose(product, capabilities)
     tiles_n = -(-product.n // choice.tile_n)
     tiles = -(-product.m // choice.tile_m) * tiles_n
     half = product.dtype is DType.FLOAT16
@@ -170,7 +201,7 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities) -> Kern
         half and not detour,
         len(product.batch),
         *slots.ending,
-        product.k % 4 != 0,
+        *((product.k, half) if choice.matrix else (product.k % 4 != 0,)),
     )
     out: Arg = scratch_write(0) if detour else write(0)
     main = Dispatch(
@@ -273,12 +304,24 @@ def _matmul_product(attributes: MatmulAttributes, a: TensorType, b: TensorType, 
 def _matmul_kernels(
     attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
+    if outputs[0].numel == 0:
+        return Kernels(())
+    return _kernels(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
+
+
+def _matmul_variants(
+    attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Variants:
+    if outputs[0].numel == 0:
+        return ()
+    return _variants(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
+
+
+def _matmul_case(attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType]) -> Product:
     a, b = inputs
     assert a is not None
     assert b is not None
-    if outputs[0].numel == 0:
-        return Kernels(())
-    return _kernels(_matmul_product(attributes, a, b, outputs[0]), Slots(), capabilities)
+    return _matmul_product(attributes, a, b, outputs[0])
 
 
 def _matmul_reference(attributes: MatmulAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -301,6 +344,7 @@ MATMUL = register(
         infer=_infer_matmul,
         reference=_matmul_reference,
         kernels=_matmul_kernels,
+        variants=_matmul_variants,
         dtypes=FLOATS,
     )
 )
@@ -336,15 +380,23 @@ def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorTy
 def _linear_kernels(
     attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
+    return _kernels(*_linear_case(attributes, inputs), capabilities)
+
+
+def _linear_variants(
+    attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Variants:
+    return _variants(*_linear_case(attributes, inputs), capabilities)
+
+
+def _linear_case(attributes: LinearAttributes, inputs: Types) -> tuple[Product, Slots]:
     x, weight, bias, residual = (*inputs, None, None)[:4]
     assert x is not None
     assert weight is not None
-    if outputs[0].numel == 0:
-        return Kernels(())
     product = Product(math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True)
     ending = epilogue_constants(attributes.epilogue, residual)
     slots = Slots(bias=None if bias is None else 2, residual=None if residual is None else 3, ending=ending)
-    return _kernels(product, slots, capabilities)
+    return product, slots
 
 
 def _linear_reference(attributes: LinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -366,6 +418,7 @@ LINEAR = register(
         infer=_infer_linear,
         reference=_linear_reference,
         kernels=_linear_kernels,
+        variants=_linear_variants,
         dtypes=FLOATS,
     )
 )

@@ -12,6 +12,7 @@ import numpy as np
 
 from torchvk.errors import FormatError, TorchVkError
 from torchvk.graph import DType, Graph, Node, TensorType
+from torchvk.ops.fragments import Fragment
 
 Array = np.ndarray[Any, Any]
 
@@ -46,6 +47,7 @@ class Capabilities:
     """What a kernel choice may ask about a device. Sizes in bytes unless the name says otherwise.
 
     shuffle: subgroup shuffles, at any tier.
+    fragments: where lanes hold the elements of cooperative matrices, as far as a probe could tell.
     matmul_precision: what the user asked of matrix products in float32 graphs: "highest", float32 multiply-add, or
     "high", which allows float16 operands (matrix units) with float32 accumulation.
     max_texels: texels (uint4) that one Arg with ``texels`` may have; 0 where that is not to be used.
@@ -63,6 +65,7 @@ class Capabilities:
     shuffle: bool = False
     max_texels: int = 0
     matmul_precision: MatmulPrecision = "highest"
+    fragments: tuple[Fragment, ...] = ()
 
     @property
     def local_size(self) -> int:

@@ -23,6 +23,9 @@ import numpy as np
 
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
+from torchvk.ops.fragments import Fragment
+from torchvk.ops.matrix import Tile, candidates, tiles_of
+from torchvk.ops.matrix_half import FRAGMENT_TILES, TILES
 from torchvk.ops.operator import (
     Arg,
     Array,
@@ -50,6 +53,7 @@ X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
 UNIT = 32  # columns of a unit: one uint4 of int4 weights
 # A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128.
 MAX_GROUP = 1 << 16
+MAX_GEMV_ROWS = 4
 MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
 
 
@@ -220,13 +224,18 @@ class Packing:
             return None
         return Layout(f"quantized_weight_{self.bits}_{self.group}_{self.pitch}_{self.columns}", self.pack)
 
+    def pad(self, weight: Array) -> Array:
+        """int8 [n, k] to [n, columns], zeros between the groups and behind them."""
+        if self.columns == self.k:
+            return weight
+        padded = np.zeros((self.n, self.columns), np.int8)
+        spread_out = padded[:, : self.groups * self.pitch].reshape(self.n, self.groups, self.pitch)
+        spread_out[:, :, : self.group] = weight.reshape(self.n, self.groups, self.group)
+        return padded
+
     def pack(self, weight: Array) -> Array:
         """int8 [n, k] to bytes [n, columns · bits / 8]; see quantized_linear.slang for the order of nibbles."""
-        padded = weight
-        if self.columns != self.k:
-            padded = np.zeros((self.n, self.columns), np.int8)
-            spread_out = padded[:, : self.groups * self.pitch].reshape(self.n, self.groups, self.pitch)
-            spread_out[:, :, : self.group] = weight.reshape(self.n, self.groups, self.group)
+        padded = self.pad(weight)
         if self.bits == 8:
             return np.ascontiguousarray(padded)
         # Four columns a word: the even words' nibbles go low, the odd words' high.
@@ -235,6 +244,18 @@ class Packing:
         packed <<= np.uint32(4)
         packed |= words[:, 0::2] & np.uint32(0x0F0F0F0F)
         return packed
+
+    def takes(self, fragment: Fragment) -> bool:
+        """Whether the weight can be packed for it: with scales within a row, they must be where lanes find them."""
+        return fragment.complete and (self.groups == 1 or (not self.half_groups and fragment.slots() is not None))
+
+    def fragment_layout(self, fragment: Fragment) -> Layout:
+        """For the kernels that take fragments of the weight from memory."""
+        name = f"quantized_fragments_{fragment.digest}_{self.bits}_{self.group}_{self.pitch}_{self.columns}"
+        return Layout(name, lambda weight: fragment.pack_weight(self.pad(weight), self.bits))
+
+    def fragment_scale_layout(self, fragment: Fragment, dtype: DType) -> Layout:
+        return Layout(f"fragment_scales_{fragment.digest}_{dtype.value}_{self.groups}", fragment.pack_scale)
 
     def scale_layout(self, dtype: DType) -> Layout | None:
         """For the kernels that read texels: float32, whole texels a row."""
@@ -259,6 +280,8 @@ class Choice:
     tile_n: int
     local_size: int
     texels: bool = False
+    matrix: bool = False
+    fragment: Fragment | None = None
 
 
 def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) -> Choice:
@@ -269,12 +292,30 @@ def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) 
         rows = 1 if m == 1 else 4 if m <= 4 else 8
         suffix = "_broadcast" if capabilities.shuffle else ""
         return Choice(f"quantized_linear_lanes_{rows}{suffix}", rows, 4 * LANES, LANES, texels=True)
-    if m <= 4:
+    if m <= MAX_GEMV_ROWS:
         # No more threads than units.
         local_size = min(128, max(32, 1 << (packing.units - 1).bit_length()))
         return Choice(f"quantized_gemv{'_subgroup' if capabilities.tier >= 1 else ''}", m, 2, local_size)
     local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
     return Choice(f"quantized_gemm_{'integer' if dynamic else 'float'}", local_size // 4, 64, local_size)
+
+
+def float_choices(m: int, packing: Packing, dtype: DType, capabilities: Capabilities) -> list[tuple[str, Choice]]:
+    """Products of float16 cooperative matrices for m rows of floating-point activations, by name, best first. float32
+    ones are rounded to float16 where that is allowed."""
+    if m <= MAX_GEMV_ROWS or capabilities.kind == "cpu":
+        return []
+    if dtype is DType.FLOAT32 and capabilities.matmul_precision == "highest":
+        return []
+    choices = []
+    tiles = candidates(tiles_of(FRAGMENT_TILES, capabilities, "float16", "float32", both=False), m, packing.n)
+    for tile in tiles:
+        for fragment in capabilities.fragments:
+            fits = (fragment.rows, fragment.columns, fragment.lanes) == (tile.shape[0], tile.shape[2], tile.lanes)
+            if fits and packing.takes(fragment):
+                choices.append((f"fragments_{tile.name}", fragment_choice(tile, fragment)))
+    tiles = candidates(tiles_of(TILES, capabilities, "float16", "float32"), m, packing.n)
+    return choices + [(tile.name, matrix_choice(tile)) for tile in tiles]
 
 
 def _variants(
@@ -287,8 +328,20 @@ def _variants(
     m = math.prod(x.shape[:-1])
     scheme = attributes.scheme
     few = few_rows(Case(packing, m, x, scale, bias, residual, attributes.epilogue, scheme, capabilities))
-    choice = choose(m, packing, scheme is not None, capabilities)
-    return (*few, ("plain", _chosen(attributes, inputs, packing, m, choice, capabilities)))
+    choices: list[tuple[str, Choice]] = []
+    if scheme is None and not few:
+        choices = float_choices(m, packing, x.dtype, capabilities)
+    choices.append(("plain", choose(m, packing, scheme is not None, capabilities)))
+    rest = ((name, _chosen(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)
+    return (*few, *rest)
+
+
+def matrix_choice(tile: Tile) -> Choice:
+    return Choice(f"quantized_matrix_{tile.name}", tile.m, tile.n, tile.threads, matrix=True)
+
+
+def fragment_choice(tile: Tile, fragment: Fragment) -> Choice:
+    return Choice(f"quantized_fragments_{tile.name}", tile.m, tile.n, tile.threads, matrix=True, fragment=fragment)
 
 
 def _kernels(
@@ -373,8 +426,20 @@ def _product(
             exact_units,
             scheme is not None and packing.units_per_group > exact_units,
         )
+    elif choice.matrix:
+        sizes = (packing.units, packing.units_per_group, packing.groups == 1)
+        constants = (*shared, half_x, scale.dtype is DType.FLOAT16, *sizes)
+        if choice.fragment is not None:
+            slots, slot_shift, lane_shift = choice.fragment.slots() or (1, 0, 0)
+            constants = (*constants, slot_shift, lane_shift, slots)
+            weights = read(WEIGHT, packing.fragment_layout(choice.fragment))
+            if packing.groups > 1:
+                scales = read(SCALE, packing.fragment_scale_layout(choice.fragment, scale.dtype))
     else:
         constants = (*shared, half_x, scale.dtype is DType.FLOAT16, m)
+    # Products of float16 matrices have no binding for the rows' scales and zero points.
+    without = choice.matrix and scheme is None
+    rows_qparams = () if without else (weights if scheme is None else scratch_read(1, texels=texels),)
     x_bytes = m * packing.columns * (4 if texels or (scheme is None and not half_x) else 2 if half_x else 1)
     return Dispatch(
         kernel=choice.kernel,
@@ -384,7 +449,7 @@ def _product(
             weights,
             scales,
             weights if bias is None else read(BIAS, texels=texels),
-            weights if scheme is None else scratch_read(1, texels=texels),
+            *rows_qparams,
             out,
             read(RESIDUAL) if ending[1] else weights_as_words,
         ),

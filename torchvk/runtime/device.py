@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from torchvk.errors import ArgumentError, ArgumentTypeError, VulkanError
 from torchvk.ops import Capabilities, CooperativeMatrixShape, MatmulPrecision
+from torchvk.ops.fragments import Fragment
 from torchvk.runtime import vulkan as vk
 from torchvk.runtime.instance import API_VERSION, INSTALL_DRIVER, Instance, instance, version, version_text
 from torchvk.runtime.memory import Allocator
@@ -94,6 +95,7 @@ class PhysicalDevice:
     def __init__(self, owner: Instance, handle: vk.Struct, index: int) -> None:
         self.instance = owner
         self.handle = handle
+        self.fragments: tuple[Fragment, ...] = ()  # filled in when the device is opened
         functions = owner.functions
         basic = vk.make("VkPhysicalDeviceProperties2")
         functions.vkGetPhysicalDeviceProperties2(handle, basic)
@@ -229,6 +231,7 @@ class PhysicalDevice:
             cooperative_matrices=self.cooperative_matrices() if tier >= 2 else (),
             shuffle=self._subgroups(vk.VK_SUBGROUP_FEATURE_SHUFFLE_BIT),
             max_texels=limits.maxTexelBufferElements,
+            fragments=self.fragments if tier >= 2 else (),
         )
 
 
@@ -407,7 +410,12 @@ def open_device(request: str | int | None = None) -> Device:
         physical = _physical_devices()
         index = choose([device.info for device in physical], request)
         if index not in _devices:
-            _devices[index] = Device(physical[index])
+            device = Device(physical[index])
+            if device.info.tier >= 2:
+                from torchvk.runtime.fragments import probe  # imports this module
+
+                device.physical.fragments = probe(device)
+            _devices[index] = device
         return _devices[index]
 
 

@@ -1,0 +1,114 @@
+"""Weights packed as the matrix units of a device want them: every lane's own elements together.
+
+Which elements of a cooperative matrix a lane holds is the device's own affair. A probe (torchvk.runtime) reads it from
+the device once; here it is plain data, from which the packing follows. See quantized_linear_fragments.slang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+UNIT = 32  # columns that are loaded together
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Where the lanes of a subgroup hold the elements of matrix A, float16, of ``rows`` × ``columns``.
+
+    ``elements``: lane by lane, the elements (row · columns + column) in the order in which the lane has them.
+    """
+
+    rows: int
+    columns: int
+    lanes: int
+    elements: tuple[int, ...]
+
+    @property
+    def per_lane(self) -> int:
+        return len(self.elements) // self.lanes
+
+    @property
+    def table(self) -> Array:
+        return np.array(self.elements, np.int64).reshape(self.lanes, -1)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element has one place, and a lane's elements of a unit fill two or four words of int4."""
+        whole = sorted(self.elements) == list(range(self.rows * self.columns)) and UNIT % self.columns == 0
+        return whole and self.per_lane * UNIT // self.columns in (16, 32)
+
+    def slots(self) -> tuple[int, int, int] | None:
+        """(slots, slot shift, lane shift): pair p of lane l's elements lies in row
+        ``order[l >> lane shift][(p >> slot shift) % slots]``, see ``row_order``; None if that does not hold."""
+        if not self.complete:
+            return None
+        rows = self.table // self.columns
+        if np.any(rows[:, 0::2] != rows[:, 1::2]):
+            return None
+        pairs = rows[:, 0::2]
+        for slots, slot_shift in ((1, 0), (2, 0), (2, 1), (2, 2)):
+            slot = (np.arange(pairs.shape[1]) >> slot_shift) % slots
+            for lane_shift in range(7):
+                group = np.arange(self.lanes) >> lane_shift
+                if (group[-1] + 1) * slots != self.rows:
+                    continue
+                order = np.full((group[-1] + 1, slots), -1)
+                order[np.ix_(group, slot)] = pairs
+                if np.array_equal(order[np.ix_(group, slot)], pairs):
+                    return slots, slot_shift, lane_shift
+        return None
+
+    def row_order(self) -> Array:
+        """The rows, lane group by lane group and slot by slot: the order of scales."""
+        found = self.slots()
+        assert found is not None
+        slots, slot_shift, lane_shift = found
+        pairs = (self.table // self.columns)[:, 0::2]
+        return pairs[:: 1 << lane_shift][:, [slot << slot_shift for slot in range(slots)]].reshape(-1)
+
+    def pack_weight(self, weight: Array, bits: int) -> Array:
+        """A padded int8 [n, columns] (whole units) as words [blocks of rows][units][lanes][a lane's of a unit].
+
+        int4, stored as q + 8: nibble 2p + h of a word, elements 8j … 8j + 7 of a lane's, at bit 4p + 16h. int8, stored
+        as q + 128: elements 4j, 4j + 2, 4j + 1, 4j + 3 in a word's bytes.
+        """
+        n, columns = weight.shape
+        blocks = -(-n // self.rows)
+        if n % self.rows:
+            weight = np.concatenate([weight, np.zeros((blocks * self.rows - n, columns), np.int8)])
+        per_unit = UNIT // self.columns
+        shape = (blocks, self.rows, columns // UNIT, per_unit, self.columns)
+        # Blocks, units, fragments of a unit, rows × columns.
+        tiles = weight.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(blocks, columns // UNIT, per_unit, -1)
+        # Lanes before the fragments of a unit: a lane's elements of a unit lie together.
+        elements = tiles[..., self.table].swapaxes(2, 3).reshape(-1, 8 if bits == 4 else 4)
+        values = elements.view(np.uint8) + np.uint8(8 if bits == 4 else 128)
+        if bits == 8:
+            return np.ascontiguousarray(values[:, [0, 2, 1, 3]]).view(np.uint32).reshape(-1)
+        # Elements 0, 2 and 4, 6 in the two lower bytes, 1, 3 and 5, 7 in the upper ones.
+        low, high = values[:, [0, 4, 1, 5]], values[:, [2, 6, 3, 7]]
+        return np.ascontiguousarray(low | high << np.uint8(4)).view(np.uint32).reshape(-1)
+
+    def pack_scale(self, scale: Array) -> Array:
+        """Scales [n, groups] as float16 [groups][blocks of rows][lane groups][slots], two slots at least."""
+        n, groups = scale.shape
+        found = self.slots()
+        assert found is not None
+        blocks = -(-n // self.rows)
+        padded = np.zeros((groups, blocks * self.rows), np.float16)
+        with np.errstate(over="ignore"):
+            padded[:, :n] = scale.T.astype(np.float16)
+        ordered = padded.reshape(groups, blocks, self.rows)[..., self.row_order()]
+        if found[0] == 1:
+            ordered = np.repeat(ordered, 2, -1)
+        return np.ascontiguousarray(ordered)
