@@ -65,6 +65,11 @@ class Scheme:
             return 0
         return 2 if self.per_token else 1
 
+    @property
+    def centered(self) -> bool:
+        """Whether all zero points are 0."""
+        return self.symmetric and (self.formula != 0 or int((self.quant_max + self.quant_min + 1) / 2) == 0)
+
     def smallest(self, dtype: DType) -> float:
         """eps as the formula meets it: in x's precision where it clamps a tensor of x's dtype."""
         if self.formula == 1 or (self.formula == 2 and self.symmetric):
@@ -173,6 +178,8 @@ def quantization(
     per row its scale (float32) and zero point (int32). The rest is their own. Nothing depends on the weights, so
     layers with one input share it. ``texels``: whether x is read as texels.
     """
+    if not floats and not texels and (turns := _in_registers(rows, capabilities)) is not None:
+        return _quantization_in_registers(rows, x, scheme, capabilities, *turns)
     suffix, local_size = _variant(rows.columns, texels, capabilities)
     results = (scratch_write(0), scratch_write(1))
     sizes: tuple[int, ...] = (rows.m * rows.columns * (4 if floats else 1), 8 * rows.m)
@@ -224,6 +231,69 @@ def quantization(
         )
     )
     return tuple(dispatches), sizes
+
+
+def _in_registers(rows: Rows, capabilities: Capabilities) -> tuple[int, int] | None:
+    """Workgroup size and turns of quantize_rows.slang for these rows, or None if they do not suit it."""
+    if capabilities.tier < 1 or capabilities.kind == "cpu" or rows.k % 8 or rows.group != rows.columns:
+        return None
+    eights = rows.columns // 8
+    limit = min(1024, 1 << (capabilities.max_workgroup_invocations.bit_length() - 1))
+    # Four eights a thread; at least a subgroup.
+    local_size = max(capabilities.subgroup_size, 1 << (-(-eights // 4) - 1).bit_length())
+    if local_size > limit or local_size > 64 * capabilities.subgroup_size:
+        return None
+    return local_size, -(-eights // local_size)
+
+
+def _quantization_in_registers(
+    rows: Rows, x: int, scheme: Scheme, capabilities: Capabilities, local_size: int, turns: int
+) -> tuple[tuple[Dispatch, ...], tuple[int, ...]]:
+    """``quantization`` by quantize_rows.slang."""
+    results = (scratch_write(0), scratch_write(1))
+    sizes: tuple[int, ...] = (rows.m * rows.columns, 8 * rows.m)
+    x_bytes = rows.m * rows.k * rows.dtype.bits // 8
+    eights = rows.m * rows.k // 8
+    # As many ranges as each row's workgroup looks through in a few steps, and as keep the device busy.
+    ranges = max(1, min(256, eights // 1024))
+    workgroups = min(rows.m, 1024)
+    push = struct.pack(
+        "<4I2ifI",
+        *(rows.m, rows.k, rows.columns, ranges),
+        *(scheme.quant_min, scheme.quant_max, scheme.smallest(rows.dtype), workgroups),
+    )
+
+    def constants(size: int, turns: int) -> tuple[int, ...]:
+        return (size, rows.dtype is DType.FLOAT16, scheme.formula, scheme.symmetric, turns)
+
+    if scheme.per_token:
+        one = Dispatch(
+            "quantize_rows_tokens",
+            (read(x), *results),
+            grid(rows.m, capabilities, 1),
+            constants(local_size, turns),
+            push,
+            bytes=x_bytes + sum(sizes),
+        )
+        return (one,), sizes
+    size = min(256, 1 << (capabilities.max_workgroup_invocations.bit_length() - 1))
+    first = Dispatch(
+        "quantize_rows_range",
+        (read(x), scratch_write(2)),
+        grid(ranges, capabilities, 1),
+        constants(size, 1),
+        push,
+        bytes=x_bytes,
+    )
+    second = Dispatch(
+        "quantize_rows_tensor",
+        (read(x), scratch_read(2), *results),
+        grid(workgroups, capabilities, 1),
+        constants(local_size, turns),
+        push,
+        bytes=x_bytes + sum(sizes),
+    )
+    return (first, second), (*sizes, 8 * ranges)
 
 
 def spreading(rows: Rows, x: int, capabilities: Capabilities, *, texels: bool) -> tuple[Dispatch, int]:

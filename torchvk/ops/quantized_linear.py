@@ -47,6 +47,7 @@ from torchvk.ops.operator import (
 from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, quantization, quantize, reads_texels
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.quantized_linear_gemv import Case, few_rows
+from torchvk.ops.quantized_linear_matrix import candidates, weight_sums
 from torchvk.ops.rounding import round_to_half
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
@@ -331,7 +332,13 @@ def _variants(
     choices: list[tuple[str, Choice]] = []
     if scheme is None and not few:
         choices = float_choices(m, packing, x.dtype, capabilities)
-    choices.append(("plain", choose(m, packing, scheme is not None, capabilities)))
+    elif scheme is not None:
+        for tiles in candidates(m, packing, capabilities):
+            kernel = tiles.kernel(packing.groups == 1)
+            choices.append((tiles.name, Choice(kernel, tiles.tile_m, tiles.tile_n, tiles.threads, matrix=True)))
+    plain = ("plain", choose(m, packing, scheme is not None, capabilities))
+    # CPUs multiply integer matrices in vectors like anything else.
+    choices.insert(0 if scheme is not None and capabilities.kind == "cpu" else len(choices), plain)
     rest = ((name, _chosen(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)
     return (*few, *rest)
 
@@ -403,6 +410,7 @@ def _product(
 ) -> Dispatch:
     """The matrix product proper."""
     texels = choice.texels
+    integer_matrix = choice.matrix and scheme is not None
     tiles_n = -(-packing.n // choice.tile_n)
     tiles = tiles_n * -(-m // choice.tile_m)
     weights = read(WEIGHT, packing.layout, texels)
@@ -426,6 +434,9 @@ def _product(
             exact_units,
             scheme is not None and packing.units_per_group > exact_units,
         )
+    elif integer_matrix:
+        zeros = 0 if scheme is None or scheme.centered else 1 if scheme.per_token else 2
+        constants = (*shared, scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, zeros)
     elif choice.matrix:
         sizes = (packing.units, packing.units_per_group, packing.groups == 1)
         constants = (*shared, half_x, scale.dtype is DType.FLOAT16, *sizes)
@@ -452,6 +463,7 @@ def _product(
             *rows_qparams,
             out,
             read(RESIDUAL) if ending[1] else weights_as_words,
+            *((weights if packing.groups > 1 else read(WEIGHT, weight_sums(packing)),) if integer_matrix else ()),
         ),
         groups=grid(tiles, capabilities, 1),
         constants=constants,
