@@ -114,11 +114,32 @@ def test_the_tile_follows_the_size() -> None:
 
 @pytest.mark.parametrize("n", [4096, 14336])
 def test_a_row_more_costs_one_row_of_tiles(n: int) -> None:
-    def work(m: int) -> int:
-        choice = choose(Product(m, n, 4096, DType.FLOAT32, transpose_b=True), GPU)
-        return -(-m // choice.tile_m) * choice.tile_m
+    inputs = [[TensorType(DType.FLOAT32, (m, 4096)), TensorType(DType.FLOAT32, (n, 4096))] for m in (512, 513)]
+    operator = ops.get("linear")
+    (even,), (main, rest) = (
+        operator.kernels(LinearAttributes(), types, operator.infer(LinearAttributes(), types), GPU).dispatches
+        for types in inputs
+    )
+    assert (main.kernel, main.groups) == (even.kernel, even.groups)
+    assert rest.groups[0] <= n // 32
+    assert main.flops + rest.flops == 2 * 513 * n * 4096
 
-    assert work(513) - work(512) <= 64
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("n", [132, 133])
+def test_the_rows_that_are_left_over(dtype: str, n: int, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """Four tiles above each other and three rows, by two kernels."""
+    m, k = 4 * 64 + 3, 40
+    x, w = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((n, k)).astype(dtype)
+    residual = rng.standard_normal((m, n)).astype(dtype)
+    block = next(block for block in blocked.HALF if block.name == "64x64")
+    name = "f16" if dtype == "float16" else "f32"
+    monkeypatch.setattr(linear, "choose", lambda *_: linear._block_choice(block, name))
+    with chosen_for("linear", kind="discrete"):
+        (got,) = run_op("linear", LinearAttributes("relu"), [x, w, None, residual], constants=(1,))
+    wide = [value.astype(np.float64) for value in (x, w, residual)]
+    size = np.abs(wide[0]) @ np.abs(wide[1]).T + np.abs(wide[2])
+    assert_within(got, np.maximum(wide[0] @ wide[1].T, 0) + wide[2], (k + 2) * EPSILON * size, dtype)
 
 
 def test_few_tiles_share_a_long_sum() -> None:

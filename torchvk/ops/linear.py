@@ -97,8 +97,8 @@ class Product:
 @dataclass(frozen=True)
 class Choice:
     """A kernel for a Product: its tile, its workgroup size, how many elements it loads at once where rows allow,
-    whether A and B are bound as texel buffers, whether it multiplies cooperative matrices, how many k it takes at
-    once, and how many workgroups share a tile's k."""
+    whether A and B are bound as texel buffers, whether it multiplies cooperative matrices or register blocks, how many
+    k it takes at once, and how many workgroups share a tile's k."""
 
     kernel: str
     tile_m: int
@@ -107,6 +107,7 @@ class Choice:
     group: int
     texels: bool = False
     matrix: bool = False
+    block: bool = False
     step: int = 4
     splits: int = 1
 
@@ -135,7 +136,7 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
 
 def _block_choice(block: blocked.Block, name: str, splits: int = 1) -> Choice:
     kernel = f"gemm_blocked_{name}_{block.name}"
-    return Choice(kernel, block.m, block.n, block.threads, 4, step=block.step, splits=splits)
+    return Choice(kernel, block.m, block.n, block.threads, 4, block=True, step=block.step, splits=splits)
 
 
 def matrix_tiles(product: Product, capabilities: Capabilities) -> tuple[Tile, ...]:
@@ -195,8 +196,7 @@ def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Var
 def _block_choices(product: Product, capabilities: Capabilities) -> Iterator[Choice]:
     name = "f16" if product.dtype is DType.FLOAT16 else "f32"
     for block in blocked.plausible(BLOCKS[product.dtype], capabilities, product.m, product.n, product.batches):
-        sizes = product.m, product.n, product.k, product.batches
-        for splits in blocked.plausible_splits(block, capabilities, *sizes):
+        for splits in blocked.plausible_splits(block, capabilities, product.m, product.n, product.k, product.batches):
             if splits == 1 or name == "f32" or product.n % 2 == 0:
                 yield _block_choice(block, name, splits)
 
@@ -211,16 +211,54 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
     if count == 0:
         return Kernels(())
     choice = choice or choose(product, capabilities)
-    tiles_n = -(-product.n // choice.tile_n)
-    tiles = -(-product.m // choice.tile_m) * tiles_n
     half = product.dtype is DType.FLOAT16
     # With odd N neighbouring rows share a word of halves: float32 first, then one pass that rounds.
     detour = half and product.n % 2 == 1
+    out: Arg = scratch_write(0) if detour or choice.splits > 1 else write(0)
+    rest = None
+    if choice.block and choice.splits == 1:
+        rest = blocked.pick_rest(BLOCKS[product.dtype], capabilities, choice.tile_m, product.m)
+    if rest is None:
+        parts: tuple[Dispatch, ...] = (_dispatch(product, slots, choice, product.m, 0, out, capabilities),)
+    else:
+        last = product.m % choice.tile_m
+        small = _block_choice(rest, "f16" if half else "f32")
+        parts = (
+            _dispatch(product, slots, choice, product.m - last, 0, out, capabilities),
+            _dispatch(product, slots, small, last, choice.tile_m, out, capabilities),
+        )
+    if choice.splits > 1:
+        bias, residual = parts[0].buffers[2], parts[0].buffers[4]
+        total, size = blocked.split_sum(
+            product.batches * product.m,
+            product.n,
+            choice.splits,
+            (0 if slots.bias is None else 2 if half else 1, bias),
+            slots.ending,
+            residual,
+            half,
+            0,
+            capabilities,
+        )
+        return Kernels((*parts, total), (size,))
+    if not detour:
+        return Kernels(parts)
+    return Kernels((*parts, round_to_half(count, 0, capabilities)), (4 * count,))
+
+
+def _dispatch(
+    product: Product, slots: Slots, choice: Choice, rows: int, rest: int, out: Arg, capabilities: Capabilities
+) -> Dispatch:
+    """The first ``rows`` rows of a product; or, if ``rest`` is not 0, those after the last multiple of it."""
+    tiles_n = -(-product.n // choice.tile_n)
+    tiles = -(-rows // choice.tile_m) * tiles_n
+    half = product.dtype is DType.FLOAT16
     # The whole push block is one layout; dimensions that are not there are 0.
     sizes = (product.m, product.n, product.k, product.batches, tiles_n, tiles)
     push = struct.pack("<8I", *sizes, max(product.elements_a - 1, 0), max(product.elements_b - 1, 0))
     for values in (product.batch, product.strides_a, product.strides_b):
         push += struct.pack(f"<{MAX_BATCH_RANK}I", *values, *(0,) * (MAX_BATCH_RANK - len(values)))
+    tail = product.k % choice.step != 0 or product.k == 0
     constants = (
         choice.local_size,
         product.transpose_a,
@@ -228,13 +266,14 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
         product.contiguous_a % choice.group == 0,
         product.contiguous_b % choice.group == 0,
         slots.bias is not None,
-        half and not detour,
+        half and out.role == "output",
         len(product.batch),
         *slots.ending,
-        *((product.k, half) if choice.matrix else (product.k % choice.step != 0 or product.k == 0, choice.splits)),
+        *((product.k, half) if choice.matrix else (tail, choice.splits, rest)),
     )
-    out: Arg = scratch_write(0) if detour or choice.splits > 1 else write(0)
-    main = Dispatch(
+    count = product.batches * rows * product.n
+    rows_a = product.elements_a * rows // product.m
+    return Dispatch(
         kernel=choice.kernel,
         # Every binding needs a buffer: B stands in for what is not there, and is not read.
         buffers=(
@@ -250,20 +289,9 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
         ),
         constants=constants,
         push=push,
-        bytes=(product.elements_a + product.elements_b + count) * product.dtype.bits // 8,
+        bytes=(rows_a + product.elements_b + count) * product.dtype.bits // 8,
         flops=2 * count * product.k,
     )
-    if choice.splits > 1:
-        rows = product.batches * product.m
-        bias = 0 if slots.bias is None else 2 if half else 1
-        residual = main.buffers[4]
-        last, size = blocked.split_sum(
-            rows, product.n, choice.splits, (bias, main.buffers[2]), slots.ending, residual, half, 0, capabilities
-        )
-        return Kernels((main, last), (size,))
-    if not detour:
-        return Kernels((main,))
-    return Kernels((main, round_to_half(count, 0, capabilities)), (4 * count,))
 
 
 def _distinct(batch: Sequence[int], strides: Sequence[int]) -> int:
