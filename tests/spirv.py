@@ -18,7 +18,7 @@ OP_TYPE_ARRAY, OP_TYPE_RUNTIME_ARRAY, OP_TYPE_STRUCT, OP_TYPE_POINTER = 28, 29, 
 OP_CONSTANT, OP_SPEC_TRUE, OP_SPEC_FALSE, OP_SPEC_CONSTANT = 43, 48, 49, 50
 OP_VARIABLE, OP_DECORATE, OP_MEMBER_DECORATE = 59, 71, 72
 SPEC_ID, ARRAY_STRIDE, NON_WRITABLE, BINDING, DESCRIPTOR_SET, OFFSET = 1, 6, 24, 33, 34, 35
-UNIFORM_CONSTANT, PUSH_CONSTANT, STORAGE_BUFFER = 0, 9, 12
+UNIFORM_CONSTANT, WORKGROUP, PUSH_CONSTANT, STORAGE_BUFFER = 0, 4, 9, 12
 GL_COMPUTE = 5
 
 
@@ -27,6 +27,7 @@ class Module:
     """entry_points: (execution model, name). buffers: binding → whether the kernel may write it.
     texels: the buffers that are texel buffers.
     sets: descriptor sets used. constants: SpecId → "int", "float" or "bool". push: bytes of the push-constant block.
+    shared: bytes of shared memory of fixed size.
     """
 
     capabilities: set[int] = field(default_factory=set)
@@ -36,6 +37,7 @@ class Module:
     sets: set[int] = field(default_factory=set)
     constants: dict[int, str] = field(default_factory=dict)
     push: int = 0
+    shared: int = 0
 
 
 class Instruction(NamedTuple):
@@ -90,14 +92,19 @@ def reflect(name: str) -> Module:
         if opcode in (OP_TYPE_VECTOR, OP_TYPE_MATRIX):
             return size(words[0]) * words[1]
         if opcode == OP_TYPE_ARRAY:
-            return decorations[type, ARRAY_STRIDE] * constants[words[1]]
-        assert opcode == OP_TYPE_STRUCT, f"push constants of an unexpected type ({opcode})"
+            # Lengths that specialization makes are not known here.
+            return (decorations.get((type, ARRAY_STRIDE)) or size(words[0])) * constants.get(words[1], 0)
+        assert opcode == OP_TYPE_STRUCT, f"memory of an unexpected type ({opcode})"
+        if (type, 0) not in members:  # shared memory has no layout
+            return sum(map(size, words))
         return max((members[type, i][OFFSET] + size(member) for i, member in enumerate(words)), default=0)
 
     for pointer, variable, storage_class in variables:
         pointee = types[pointer].words[1]
         if storage_class == PUSH_CONSTANT:
             module.push = size(pointee)
+        elif storage_class == WORKGROUP:
+            module.shared += size(pointee)
         elif storage_class == STORAGE_BUFFER:
             count = len(types[pointee].words)
             read_only = (variable, NON_WRITABLE) in decorations or all(
@@ -144,6 +151,8 @@ def contract_errors(dispatch: Dispatch, capabilities: Capabilities) -> list[str]
             errors.append(f"binding {binding} is declared {declared}, the shader {'writes' if writes else 'reads'} it")
         elif dispatch.buffers[binding].texels != (binding in module.texels):
             errors.append(f"binding {binding}: one of dispatch and shader takes it for a texel buffer")
+    if module.shared > capabilities.shared_memory:
+        errors.append(f"takes {module.shared} bytes of shared memory, there are {capabilities.shared_memory}")
     if len(dispatch.push) < module.push:
         errors.append(f"{len(dispatch.push)} bytes of push constants, the shader takes {module.push}")
     for number, kind in module.constants.items():

@@ -25,6 +25,7 @@ def types(x: Any, weight: Any, scale: Any, bias: Any = None) -> list[TensorType 
     ]
 
 
+BLOCKED = "quantized_gemm_blocked_integer_32x32"
 GOOD: dict[str, Any] = {
     "x": ("float32", (2, 64)),
     "weight": ("int4", (5, 64)),
@@ -127,11 +128,20 @@ def test_four_bits_stay_four_bits() -> None:
             ],
         ),
         ({"shuffle": False}, ["quantized_linear_lanes_1", "quantized_linear_lanes_4", "quantized_linear_lanes_8"]),
-        ({"tier": 0}, ["quantized_gemv", "quantized_gemv", "quantized_gemm_integer"]),
-        ({"subgroup_size": 4}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"max_texels": 1000}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"kind": "discrete"}, ["quantized_gemv_subgroup", "quantized_gemv_subgroup", "quantized_gemm_integer"]),
-        ({"kind": "integrated", "tier": 2}, ["quantized_gemv_subgroup"] * 2 + ["quantized_gemm_integer"]),
+        ({"tier": 0}, ["quantized_gemv", "quantized_gemv", BLOCKED]),
+        (
+            {"subgroup_size": 4},
+            ["quantized_gemv_subgroup", "quantized_gemv_subgroup", BLOCKED],
+        ),
+        (
+            {"max_texels": 1000},
+            ["quantized_gemv_subgroup", "quantized_gemv_subgroup", BLOCKED],
+        ),
+        (
+            {"kind": "discrete"},
+            ["quantized_gemv_subgroup", "quantized_gemv_subgroup", BLOCKED],
+        ),
+        ({"kind": "integrated", "tier": 2}, ["quantized_gemv_subgroup"] * 2 + [BLOCKED]),
     ],
 )
 def test_the_kernel_follows_the_device(changes: dict[str, Any], kernels: list[str]) -> None:

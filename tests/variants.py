@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 EPSILON = 2.0**-24  # float32: half a unit in the last place of 1
 HALF_EPSILON = 2.0**-11
 
-# Any GPU may have at most 128 invocations a workgroup; most have 1024.
+# Any GPU may have at most 128 invocations and 16 KiB of shared memory a workgroup; most have 1024 and 32 KiB or more.
 GPU = Capabilities(
     tier=1,
     kind="discrete",
@@ -30,7 +30,15 @@ GPU = Capabilities(
 )
 CPU = replace(GPU, kind="cpu", subgroup_size=8, max_workgroup_count=(65535, 65535, 65535))
 DEVICES = {
-    "smallest": replace(GPU, tier=0, kind="integrated", subgroup_size=16, max_workgroup_invocations=128),
+    "smallest": replace(
+        GPU,
+        tier=0,
+        kind="integrated",
+        subgroup_size=16,
+        max_workgroup_invocations=128,
+        max_workgroup_size=(128, 128, 64),
+        shared_memory=16384,
+    ),
     "gpu_0": replace(GPU, tier=0),
     "gpu_1": GPU,
     "gpu_2": replace(GPU, tier=2),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
+from torchvk.ops import blocked
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.matrix import Tile, pick, plausible, tiles_of
 from torchvk.ops.matrix_half import TILES
@@ -34,6 +35,7 @@ from torchvk.ops.rounding import round_to_half
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 MAX_BATCH_RANK = 6
+BLOCKS = {DType.FLOAT32: blocked.FLOAT, DType.FLOAT16: blocked.HALF}
 
 # lavapipe ends loops, silently, after 65535 iterations of all loops of a workgroup together.
 MAX_CPU_K = 200_000
@@ -95,7 +97,8 @@ class Product:
 @dataclass(frozen=True)
 class Choice:
     """A kernel for a Product: its tile, its workgroup size, how many elements it loads at once where rows allow,
-    whether A and B are bound as texel buffers, and whether it multiplies cooperative matrices."""
+    whether A and B are bound as texel buffers, whether it multiplies cooperative matrices or register blocks, how many
+    k it takes at once, and how many workgroups share a tile's k."""
 
     kernel: str
     tile_m: int
@@ -104,6 +107,9 @@ class Choice:
     group: int
     texels: bool = False
     matrix: bool = False
+    block: bool = False
+    step: int = 4
+    splits: int = 1
 
 
 def choose(product: Product, capabilities: Capabilities) -> Choice:
@@ -120,8 +126,17 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
     tiles = matrix_tiles(product, capabilities)
     if tiles:
         return _matrix_choice(pick(tiles, product.m, product.n, product.batches))
-    local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
-    return Choice(f"gemm_tiled_{name}", local_size // 4, 64, local_size, 4)
+    sizes = product.m, product.n
+    block = blocked.pick(BLOCKS[product.dtype], capabilities, *sizes, product.batches)
+    # (float16 results of odd rows share words, which parts cannot.)
+    whole = name == "f16" and product.n % 2 == 1
+    splits = 1 if whole else blocked.pick_splits(block, capabilities, *sizes, product.k, product.batches)
+    return _block_choice(block, name, splits)
+
+
+def _block_choice(block: blocked.Block, name: str, splits: int = 1) -> Choice:
+    kernel = f"gemm_blocked_{name}_{block.name}"
+    return Choice(kernel, block.m, block.n, block.threads, 4, block=True, step=block.step, splits=splits)
 
 
 def matrix_tiles(product: Product, capabilities: Capabilities) -> tuple[Tile, ...]:
@@ -165,14 +180,29 @@ class Slots:
 
 
 def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Variants:
-    """The chosen tile of cooperative matrices first, then those that may be better."""
-    count = product.batches * product.m * product.n
-    if count == 0 or not (chosen := choose(product, capabilities)).matrix:
+    """The chosen kernel first, then those that may be better: tiles of cooperative matrices, or register blocks."""
+    if product.batches * product.m * product.n == 0 or capabilities.kind == "cpu":
         return ()
+    chosen = choose(product, capabilities)
     choices = {chosen: None}
-    for tile in plausible(matrix_tiles(product, capabilities), product.m, product.n, product.batches):
-        choices[_matrix_choice(tile)] = None
-    return tuple((choice.kernel, _kernels(product, slots, capabilities, choice)) for choice in choices)
+    if chosen.matrix:
+        for tile in plausible(matrix_tiles(product, capabilities), product.m, product.n, product.batches):
+            choices[_matrix_choice(tile)] = None
+    else:
+        choices.update(dict.fromkeys(_block_choices(product, capabilities)))
+    return tuple((_name(choice), _kernels(product, slots, capabilities, choice)) for choice in choices)
+
+
+def _block_choices(product: Product, capabilities: Capabilities) -> Iterator[Choice]:
+    name = "f16" if product.dtype is DType.FLOAT16 else "f32"
+    for block in blocked.plausible(BLOCKS[product.dtype], capabilities, product.m, product.n, product.batches):
+        for splits in blocked.plausible_splits(block, capabilities, product.m, product.n, product.k, product.batches):
+            if splits == 1 or name == "f32" or product.n % 2 == 0:
+                yield _block_choice(block, name, splits)
+
+
+def _name(choice: Choice) -> str:
+    return choice.kernel if choice.splits == 1 else f"{choice.kernel}_split{choice.splits}"
 
 
 def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice: Choice | None = None) -> Kernels:
@@ -181,16 +211,54 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
     if count == 0:
         return Kernels(())
     choice = choice or choose(product, capabilities)
-    tiles_n = -(-product.n // choice.tile_n)
-    tiles = -(-product.m // choice.tile_m) * tiles_n
     half = product.dtype is DType.FLOAT16
     # With odd N neighbouring rows share a word of halves: float32 first, then one pass that rounds.
     detour = half and product.n % 2 == 1
+    out: Arg = scratch_write(0) if detour or choice.splits > 1 else write(0)
+    rest = None
+    if choice.block and choice.splits == 1:
+        rest = blocked.pick_rest(BLOCKS[product.dtype], capabilities, choice.tile_m, product.m)
+    if rest is None:
+        parts: tuple[Dispatch, ...] = (_dispatch(product, slots, choice, product.m, 0, out, capabilities),)
+    else:
+        last = product.m % choice.tile_m
+        small = _block_choice(rest, "f16" if half else "f32")
+        parts = (
+            _dispatch(product, slots, choice, product.m - last, 0, out, capabilities),
+            _dispatch(product, slots, small, last, choice.tile_m, out, capabilities),
+        )
+    if choice.splits > 1:
+        bias, residual = parts[0].buffers[2], parts[0].buffers[4]
+        total, size = blocked.split_sum(
+            product.batches * product.m,
+            product.n,
+            choice.splits,
+            (0 if slots.bias is None else 2 if half else 1, bias),
+            slots.ending,
+            residual,
+            half,
+            0,
+            capabilities,
+        )
+        return Kernels((*parts, total), (size,))
+    if not detour:
+        return Kernels(parts)
+    return Kernels((*parts, round_to_half(count, 0, capabilities)), (4 * count,))
+
+
+def _dispatch(
+    product: Product, slots: Slots, choice: Choice, rows: int, rest: int, out: Arg, capabilities: Capabilities
+) -> Dispatch:
+    """The first ``rows`` rows of a product; or, if ``rest`` is not 0, those after the last multiple of it."""
+    tiles_n = -(-product.n // choice.tile_n)
+    tiles = -(-rows // choice.tile_m) * tiles_n
+    half = product.dtype is DType.FLOAT16
     # The whole push block is one layout; dimensions that are not there are 0.
     sizes = (product.m, product.n, product.k, product.batches, tiles_n, tiles)
     push = struct.pack("<8I", *sizes, max(product.elements_a - 1, 0), max(product.elements_b - 1, 0))
     for values in (product.batch, product.strides_a, product.strides_b):
         push += struct.pack(f"<{MAX_BATCH_RANK}I", *values, *(0,) * (MAX_BATCH_RANK - len(values)))
+    tail = product.k % choice.step != 0 or product.k == 0
     constants = (
         choice.local_size,
         product.transpose_a,
@@ -198,13 +266,14 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
         product.contiguous_a % choice.group == 0,
         product.contiguous_b % choice.group == 0,
         slots.bias is not None,
-        half and not detour,
+        half and out.role == "output",
         len(product.batch),
         *slots.ending,
-        *((product.k, half) if choice.matrix else (product.k % 4 != 0,)),
+        *((product.k, half) if choice.matrix else (tail, choice.splits, rest)),
     )
-    out: Arg = scratch_write(0) if detour else write(0)
-    main = Dispatch(
+    count = product.batches * rows * product.n
+    rows_a = product.elements_a * rows // product.m
+    return Dispatch(
         kernel=choice.kernel,
         # Every binding needs a buffer: B stands in for what is not there, and is not read.
         buffers=(
@@ -214,15 +283,15 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
             out,
             read(slots.b if slots.residual is None else slots.residual),
         ),
-        groups=(*grid(tiles, capabilities, 1)[:2], min(product.batches, capabilities.max_workgroup_count[2])),
+        groups=(
+            *grid(tiles * choice.splits, capabilities, 1)[:2],
+            min(product.batches, capabilities.max_workgroup_count[2]),
+        ),
         constants=constants,
         push=push,
-        bytes=(product.elements_a + product.elements_b + count) * product.dtype.bits // 8,
+        bytes=(rows_a + product.elements_b + count) * product.dtype.bits // 8,
         flops=2 * count * product.k,
     )
-    if not detour:
-        return Kernels((main,))
-    return Kernels((main, round_to_half(count, 0, capabilities)), (4 * count,))
 
 
 def _distinct(batch: Sequence[int], strides: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from typing import NoReturn
 import numpy as np
 
 from torchvk.graph import DType, TensorType
+from torchvk.ops import blocked
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.fragments import Fragment
 from torchvk.ops.matrix import Tile, candidates, tiles_of
@@ -47,7 +48,8 @@ from torchvk.ops.operator import (
 from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, quantization, quantize, reads_texels
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.quantized_linear_gemv import Case, few_rows
-from torchvk.ops.quantized_linear_matrix import candidates, weight_sums
+from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
+from torchvk.ops.quantized_linear_matrix import weight_sums
 from torchvk.ops.rounding import round_to_half
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
@@ -285,7 +287,7 @@ class Choice:
     fragment: Fragment | None = None
 
 
-def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) -> Choice:
+def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities, half: bool = False) -> Choice:
     """The kernel for m rows: pure, and the one place that a new kernel (cooperative matrices at tier 2) joins."""
     x_bytes = 4 * m * packing.columns
     scale_bytes = 4 * packing.n * (packing.groups + 3)
@@ -297,8 +299,28 @@ def choose(m: int, packing: Packing, dynamic: bool, capabilities: Capabilities) 
         # No more threads than units.
         local_size = min(128, max(32, 1 << (packing.units - 1).bit_length()))
         return Choice(f"quantized_gemv{'_subgroup' if capabilities.tier >= 1 else ''}", m, 2, local_size)
-    local_size = 256 if capabilities.max_workgroup_invocations >= 256 else 128
-    return Choice(f"quantized_gemm_{'integer' if dynamic else 'float'}", local_size // 4, 64, local_size)
+    return _block_choice(blocked.pick(_blocks(dynamic, half), capabilities, m, packing.n), dynamic, half)
+
+
+def _blocks(dynamic: bool, half: bool) -> tuple[blocked.Block, ...]:
+    return blocked.INTEGER if dynamic else blocked.WEIGHTS_HALF if half else blocked.WEIGHTS
+
+
+def _block_choice(block: blocked.Block, dynamic: bool, half: bool) -> Choice:
+    name = "integer" if dynamic else "f16" if half else "f32"
+    return Choice(f"quantized_gemm_blocked_{name}_{block.name}", block.m, block.n, block.threads)
+
+
+def _choices(
+    m: int, packing: Packing, dynamic: bool, capabilities: Capabilities, half: bool
+) -> tuple[tuple[str, Choice], ...]:
+    """By name, the chosen kernel first, then those that may be better."""
+    chosen = choose(m, packing, dynamic, capabilities, half)
+    if chosen.texels or m <= 4:
+        return (("plain", chosen),)
+    blocks = blocked.plausible(_blocks(dynamic, half), capabilities, m, packing.n)
+    choices = dict.fromkeys((chosen, *(_block_choice(block, dynamic, half) for block in blocks)))
+    return tuple((choice.kernel, choice) for choice in choices)
 
 
 def float_choices(m: int, packing: Packing, dtype: DType, capabilities: Capabilities) -> list[tuple[str, Choice]]:
@@ -333,12 +355,15 @@ def _variants(
     if scheme is None and not few:
         choices = float_choices(m, packing, x.dtype, capabilities)
     elif scheme is not None:
-        for tiles in candidates(m, packing, capabilities):
+        for tiles in integer_candidates(m, packing, capabilities):
             kernel = tiles.kernel(packing.groups == 1)
             choices.append((tiles.name, Choice(kernel, tiles.tile_m, tiles.tile_n, tiles.threads, matrix=True)))
-    plain = ("plain", choose(m, packing, scheme is not None, capabilities))
+    half = scheme is None and x.dtype is DType.FLOAT16 and packing.columns == packing.k
+    plain = _choices(m, packing, scheme is not None, capabilities, half)
+    # Where there are matrix units, one of the others is enough.
+    others = list(plain[:1] if choices else plain)
     # CPUs multiply integer matrices in vectors like anything else.
-    choices.insert(0 if scheme is not None and capabilities.kind == "cpu" else len(choices), plain)
+    choices = [*others, *choices] if scheme is not None and capabilities.kind == "cpu" else [*choices, *others]
     rest = ((name, _chosen(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)
     return (*few, *rest)
 
@@ -447,7 +472,10 @@ def _product(
             if packing.groups > 1:
                 scales = read(SCALE, packing.fragment_scale_layout(choice.fragment, scale.dtype))
     else:
-        constants = (*shared, half_x, scale.dtype is DType.FLOAT16, m)
+        # How groups end: 2 or 1 in each unit, or 0, after several units (or once, after all).
+        ends = 2 if packing.half_groups else 1 if packing.units_per_group == 1 else 0
+        whole = ends == 0 and packing.groups == 1
+        constants = (*shared, half_x, scale.dtype is DType.FLOAT16, min(m, 4), 1, ends, whole, packing.pitch <= 128)
     # Products of float16 matrices have no binding for the rows' scales and zero points.
     without = choice.matrix and scheme is None
     rows_qparams = () if without else (weights if scheme is None else scratch_read(1, texels=texels),)
