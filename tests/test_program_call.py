@@ -400,6 +400,27 @@ def test_profile_on_the_device(tmp_path: Path) -> None:
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
 
 
+@pytest.mark.tier
+def test_measure() -> None:
+    with torchvk.load(delegate_file(affine_graph((64, 64)))) as program:
+        x, y = numbers((64, 64), 1), numbers((64, 64), 2)
+        measured = program.measure(x, y, repeats=3)
+        assert len(measured.seconds) == 3
+        assert min(measured.seconds) <= measured.median <= max(measured.seconds)
+        assert measured.dispatches >= 2
+        assert measured.barriers >= 1
+        assert_affine(program(x, y), x, y)
+        with pytest.raises(ArgumentError):
+            program.measure(x)
+
+
+def test_measure_on_the_references() -> None:
+    with torchvk.load(delegate_file(affine_graph((4, 4))), device="reference") as program:
+        measured = program.measure(numbers((4, 4), 1), numbers((4, 4), 2), repeats=2)
+    assert len(measured.seconds) == 2
+    assert measured.dispatches == 0
+
+
 def test_profile_table(program: torchvk.Program) -> None:
     lines = program.profile(X, X).table().splitlines()
     assert lines[0].split() == ["operator", "where", "count", "time/µs", "share", "GB/s", "GFLOP/s"]
