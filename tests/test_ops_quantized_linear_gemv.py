@@ -16,7 +16,7 @@ from test_ops_quantized_linear import check, operands
 from torchvk.graph import DType, TensorType
 from torchvk.ops import Capabilities
 from torchvk.ops.operator import CooperativeMatrixShape
-from torchvk.ops.quantized_linear_gemv import COLUMNS, scale_layout
+from torchvk.ops.quantized_linear_gemv import scale_layout
 
 HALF = CooperativeMatrixShape(16, 16, 16, "float16", "float16", "float32", "float32")
 INTEGER = CooperativeMatrixShape(16, 16, 32, "int8", "int8", "int32", "int32")
@@ -81,9 +81,10 @@ def test_dispatches_keep_the_contract(changes: dict[str, Any]) -> None:
 
 def test_scales_stand_in_blocks(rng: np.random.Generator) -> None:
     scale = rng.standard_normal((6, 5)).astype(np.float16)
-    packed = scale_layout(6, 5, DType.FLOAT16).pack(scale)
-    for n, g in itertools.product(range(6), range(5)):
-        assert packed[n // COLUMNS, g, n % COLUMNS] == scale[n, g]
+    for columns in (2, 4):
+        packed = scale_layout(6, 5, DType.FLOAT16, columns).pack(scale)
+        for n, g in itertools.product(range(6), range(5)):
+            assert packed[n // columns, g, n % columns] == scale[n, g]
 
 
 # (rows, K, N, group): more pieces than a team has lanes, K that is padded, N odd, one group.

@@ -352,16 +352,17 @@ def _variants(
     scheme = attributes.scheme
     few = few_rows(Case(packing, m, x, scale, bias, residual, attributes.epilogue, scheme, capabilities))
     choices: list[tuple[str, Choice]] = []
-    if scheme is None and not few:
-        choices = float_choices(m, packing, x.dtype, capabilities)
-    elif scheme is not None:
-        for tiles in integer_candidates(m, packing, capabilities):
+    most = 2 if few else None
+    if scheme is None:
+        choices = float_choices(m, packing, x.dtype, capabilities)[:most]
+    else:
+        for tiles in list(integer_candidates(m, packing, capabilities))[:most]:
             kernel = tiles.kernel(packing.groups == 1)
             choices.append((tiles.name, Choice(kernel, tiles.tile_m, tiles.tile_n, tiles.threads, matrix=True)))
     half = scheme is None and x.dtype is DType.FLOAT16 and packing.columns == packing.k
     plain = _choices(m, packing, scheme is not None, capabilities, half)
     # Where there are matrix units, one of the others is enough.
-    others = list(plain[:1] if choices else plain)
+    others = list(plain[:1] if choices or few else plain)
     # CPUs multiply integer matrices in vectors like anything else.
     choices = [*others, *choices] if scheme is not None and capabilities.kind == "cpu" else [*choices, *others]
     rest = ((name, _chosen(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)

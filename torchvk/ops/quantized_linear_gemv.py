@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
 UNIT = 32
-COLUMNS = 4  # columns of y whose weights a lane holds at a time
 STAGED_BYTES = 32 << 10  # of shared memory for x
 SUMS_BYTES = 8 << 10  # and for sums
 
@@ -48,9 +47,9 @@ HALF_TILES = (
     ((8, 8, 8), 8, (((16, 32, 2), 4),)),
 )
 INTEGER_TILES = (
-    ((16, 16, 32), 32, (((16, 64, 2), 3), ((16, 32, 4), 4))),
-    ((16, 16, 16), 32, (((16, 64, 2), 3),)),
-    ((16, 16, 16), 64, (((16, 64, 2), 3),)),
+    ((16, 16, 32), 32, (((16, 16, 4), 4), ((16, 32, 4), 4))),
+    ((16, 16, 16), 32, (((16, 32, 4), 4),)),
+    ((16, 16, 16), 64, (((16, 32, 4), 4),)),
     ((8, 8, 8), 8, (((16, 32, 4), 3),)),
 )
 
@@ -94,6 +93,10 @@ class Gemv:
     split: int
     workgroups: int
 
+    def columns(self, rows: int) -> int:
+        """Columns of y whose weights a lane holds at a time: fewer where registers are needed for x."""
+        return 2 if rows == (4 if self.mode == "float" else 8) else 4
+
     @property
     def name(self) -> str:
         return f"gemv_{self.mode}_{self.local_size}_{self.split}_{self.workgroups}"
@@ -105,7 +108,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     rows = 1 << (m - 1).bit_length()
     lanes = capabilities.subgroup_size
     teams = gemv.local_size // lanes // gemv.split
-    block = COLUMNS * teams
+    block = gemv.columns(rows) * teams
     columns = -(-packing.n // (gemv.workgroups * block)) * block
     most = SUMS_BYTES // (4 * rows * gemv.split)
     columns = min(columns, most // block * block)
@@ -124,7 +127,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
         return None
     dispatches, scratch, source = _activations(case, gemv.mode)
     scheme = case.scheme
-    scales = read(SCALE, scale_layout(packing.n, packing.groups, case.scale.dtype))
+    scales = read(SCALE, scale_layout(packing.n, packing.groups, case.scale.dtype, gemv.columns(rows)))
     quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0, 1)
     if scheme is not None:
         smallest = float(scheme.smallest(case.x.dtype))
@@ -148,16 +151,16 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     )
 
 
-def scale_layout(n: int, groups: int, dtype: DType) -> Layout:
-    """[N, groups] to [N / COLUMNS, groups, COLUMNS], so that a lane loads COLUMNS scales at once."""
+def scale_layout(n: int, groups: int, dtype: DType, columns: int) -> Layout:
+    """[N, groups] to [N / columns, groups, columns], so that a lane loads several scales at once."""
 
     def pack(scale: Array) -> Array:
-        blocks = -(-n // COLUMNS)
-        padded = np.zeros((blocks * COLUMNS, groups), scale.dtype)
+        blocks = -(-n // columns)
+        padded = np.zeros((blocks * columns, groups), scale.dtype)
         padded[:n] = scale
-        return np.ascontiguousarray(padded.reshape(blocks, COLUMNS, groups).transpose(0, 2, 1))
+        return np.ascontiguousarray(padded.reshape(blocks, columns, groups).transpose(0, 2, 1))
 
-    return Layout(f"quantized_scale_blocks_{COLUMNS}_{dtype.value}_{n}_{groups}", pack)
+    return Layout(f"quantized_scale_blocks_{columns}_{dtype.value}_{n}_{groups}", pack)
 
 
 def _activations(case: Case, mode: Mode) -> tuple[tuple[Dispatch, ...], tuple[int, ...], Arg]:
@@ -298,9 +301,18 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
     split = min(split, limit // lanes)
     if split == 0:
         return
+    # What was fastest where a card of 132 multiprocessors was measured, and its neighbours. Each workgroup brings x
+    # into its shared memory, so workgroups are large; wide teams should not be alone, unless x is quantized as well.
+    sizes: tuple[tuple[int, int], ...]
     for mode in modes:
-        usual = 512 if mode == "quantize" else 256
-        for size, workgroups in ((usual, 264), (usual, 528), (usual // 2, 528)):
+        if mode == "float" and split > 8:
+            sizes = ((1024, 132), (512, 264))
+        elif mode == "integer":
+            sizes = ((256, 528), (256, 1056), (128, 1056))
+        else:
+            usual = 512 if mode == "quantize" else 256
+            sizes = ((usual, 264), (usual, 528), (usual // 2, 528))
+        for size, workgroups in sizes:
             teams = max(1, min(size, limit) // (split * lanes))
             yield Gemv(mode, teams * split * lanes, split, workgroups)
 
@@ -321,6 +333,6 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
     }
     for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
         if shape in offered and lanes == capabilities.subgroup_size:
-            # Wide tiles read x less often; narrow ones are more, where there are few columns.
-            for tile, split in sorted(tiles, key=lambda t: -t[0][1] if case.packing.n >= 8192 else t[0][1]):
+            # float16 tiles: wide ones read x less often, narrow ones are more, where there are few columns.
+            for tile, split in tiles if case.packing.n >= 8192 or not half else reversed(tiles):
                 yield Skinny(shape, tile, half, lanes, split)
