@@ -100,8 +100,7 @@ def test_tiles_suit_the_size(m: int, n: int, k: int, tile: str) -> None:
     """As measured on an H200: small products want many workgroups, large ones large tiles."""
     names = [name for name, _ in dispatches(m, n, k, 32, 4, device((16, 16, 32), 32), "dynamic_per_token")]
     assert names[0].startswith(f"{tile}_")
-    assert names[-1] == "plain"
-    assert len(names) == 4
+    assert len(names) == 4  # three tiles and a way without matrix units
 
 
 # M, N off the tiles' sizes, N odd; K of an odd number of units, not whole units, spread groups.
@@ -130,5 +129,5 @@ def test_all_tiles(case: Any, rng: np.random.Generator) -> None:
     inputs = operands(rng, shape, n, group, bits, dtype, [None, np.float32, dtype][rng.integers(3)])
     chosen = attributes(group, activation, dtype, symmetric=symmetric)
     names = variant_names("quantized_linear", chosen, inputs, int4={1} if bits == 4 else ())
-    for name in set(names) - {"plain"}:
+    for name in names:
         check(chosen, inputs, bits, variant=name)
