@@ -1,4 +1,4 @@
-"""VulkanQuantizer: which nodes it annotates, and what PT2E makes of that. Everything runs in eager mode."""
+"""VulkanQuantizer and weights: linears in all their forms, weight-only and dynamic. Everything runs in eager mode."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer import (
-    ComposableQuantizer,
-    QuantizationAnnotation,
-    QuantizationConfig,
-    QuantizationSpec,
-)
+from torchao.quantization.pt2e.quantizer import ComposableQuantizer, QuantizationAnnotation
 from torchao.quantization.quant_api import IntxWeightOnlyConfig, quantize_
 from torchao.utils import unwrap_tensor_subclass
 from transformers import BertConfig, BertModel
 
 import torchvk.errors
+from tests.pt2e import (
+    CHOOSE,
+    DEQUANTIZE_CHANNEL,
+    DEQUANTIZE_TENSOR,
+    QUANTIZE_CHANNEL,
+    QUANTIZE_TENSOR,
+    convert,
+    operators,
+    spec,
+)
 from torchvk.quantizer.linear import linear_operands
 from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
-
-QUANTIZE_CHANNEL = "quantized_decomposed.quantize_per_channel.default"
-DEQUANTIZE_CHANNEL = "quantized_decomposed.dequantize_per_channel.default"
-CHOOSE = "quantized_decomposed.choose_qparams.tensor"
-QUANTIZE_TENSOR = "quantized_decomposed.quantize_per_tensor.tensor"
-DEQUANTIZE_TENSOR = "quantized_decomposed.dequantize_per_tensor.tensor"
 
 SCHEMES = {
     "8w": {"is_dynamic": False, "weight_bits": 8},
@@ -38,26 +37,6 @@ SCHEMES = {
     "8da8w": {"is_dynamic": True, "weight_bits": 8},
     "8da4w": {"is_dynamic": True, "weight_bits": 4},
 }
-
-
-def convert(
-    model: nn.Module,
-    *inputs: torch.Tensor,
-    filter_function: Callable[[torch.fx.Node], bool] | None = None,
-    calibrate: bool = True,
-    **config: object,
-) -> torch.fx.GraphModule:
-    quantizer = VulkanQuantizer().set_global(get_symmetric_quantization_config(**config))
-    if filter_function is not None:
-        quantizer.set_filter_function(filter_function)
-    prepared = prepare_pt2e(torch.export.export(model.eval(), inputs).module(), quantizer)
-    if calibrate:
-        prepared(*inputs)
-    return convert_pt2e(prepared)
-
-
-def operators(model: torch.fx.GraphModule) -> Counter[str]:
-    return Counter(str(node.target) for node in model.graph.nodes if node.op == "call_function")
 
 
 def quantized_weight(weight: torch.Tensor, bits: int, channel_dim: int = 0) -> torch.Tensor:
@@ -81,115 +60,6 @@ class Apply(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(self, x)
-
-
-# --- the configuration ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("bits", "low", "high"), [(8, -128, 127), (4, -8, 7)])
-def test_weight_only_config(bits: int, low: int, high: int) -> None:
-    config = get_symmetric_quantization_config(weight_bits=bits)
-    assert config.input_activation is config.output_activation is config.bias is None
-    weight = config.weight
-    assert (weight.quant_min, weight.quant_max, weight.dtype) == (low, high, torch.int8)
-    assert weight.qscheme == torch.per_channel_symmetric
-    assert not weight.is_dynamic
-
-
-def test_dynamic_config() -> None:
-    activation = get_symmetric_quantization_config(is_dynamic=True).input_activation
-    assert (activation.quant_min, activation.quant_max, activation.dtype) == (-128, 127, torch.int8)
-    assert activation.qscheme == torch.per_tensor_affine
-    assert activation.is_dynamic
-
-
-def test_ranges_reach_the_config() -> None:
-    config = get_symmetric_quantization_config(True, 8, 8, -100, 90, -127, 126)
-    assert (config.input_activation.quant_min, config.input_activation.quant_max) == (-100, 90)
-    assert (config.weight.quant_min, config.weight.quant_max) == (-127, 126)
-
-
-def test_config_parameters_are_executorchs() -> None:
-    by_name = get_symmetric_quantization_config(
-        is_dynamic=False, weight_bits=8, act_bits=8, act_qmin=None, act_qmax=None, weight_qmin=None, weight_qmax=None
-    )
-    assert by_name == get_symmetric_quantization_config()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"weight_bits": 3}, torchvk.errors.ArgumentError, "weight_bits=3 is not supported: it must be 4 or 8"),
-        ({"weight_bits": 8.0}, torchvk.errors.ArgumentTypeError, "weight_bits must be an int, not float"),
-        ({"weight_bits": True}, torchvk.errors.ArgumentTypeError, "weight_bits must be an int, not bool"),
-        ({"act_bits": 16}, torchvk.errors.ArgumentError, "act_bits=16 is not supported: it must be 8"),
-        ({"is_dynamic": 1}, torchvk.errors.ArgumentTypeError, "is_dynamic must be a bool, not int"),
-        ({"weight_qmin": -129}, torchvk.errors.ArgumentError, "-128 <= weight_qmin < weight_qmax <= 127"),
-        ({"weight_bits": 4, "weight_qmax": 8}, torchvk.errors.ArgumentError, "weight_qmax=8 .* 4-bit"),
-        ({"weight_qmin": 0}, torchvk.errors.ArgumentError, "weight_qmin < 0 < weight_qmax"),
-        ({"weight_qmax": -1}, torchvk.errors.ArgumentError, "weight_qmin < 0 < weight_qmax"),
-        ({"act_qmin": 5, "act_qmax": 5}, torchvk.errors.ArgumentError, "act_qmin < act_qmax"),
-        ({"act_qmax": "127"}, torchvk.errors.ArgumentTypeError, "act_qmax must be an int, not str"),
-    ],
-)
-def test_bad_config(arguments: dict[str, object], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        get_symmetric_quantization_config(**arguments)
-
-
-def _spec(**changes: object) -> QuantizationSpec:
-    values = {
-        "dtype": torch.int8,
-        "observer_or_fake_quant_ctr": PerChannelMinMaxObserver,
-        "quant_min": -128,
-        "quant_max": 127,
-        "qscheme": torch.per_channel_symmetric,
-    }
-    return QuantizationSpec(**(values | changes))
-
-
-@pytest.mark.parametrize(
-    ("config", "error", "words"),
-    [
-        (None, torchvk.errors.ArgumentTypeError, "not NoneType"),
-        (QuantizationConfig(None, None, None, None), torchvk.errors.UnsupportedError, "weight must not be None"),
-        (QuantizationConfig(None, _spec(), _spec(), None), torchvk.errors.UnsupportedError, "output_activation"),
-        (QuantizationConfig(None, None, _spec(), _spec()), torchvk.errors.UnsupportedError, "bias"),
-        (QuantizationConfig(None, None, _spec(), None, True), torchvk.errors.UnsupportedError, "is_qat must be False"),
-        (
-            QuantizationConfig(None, None, _spec(dtype=torch.uint8), None),
-            torchvk.errors.UnsupportedError,
-            "weight with dtype=torch.uint8 is not supported: it must be torch.int8",
-        ),
-        (
-            QuantizationConfig(None, None, _spec(qscheme=torch.per_channel_affine), None),
-            torchvk.errors.UnsupportedError,
-            "torch.per_channel_symmetric or torch.per_tensor_symmetric",
-        ),
-        (
-            QuantizationConfig(_spec(qscheme=torch.per_tensor_affine), None, _spec(), None),
-            torchvk.errors.UnsupportedError,
-            "input_activation with is_dynamic=False",
-        ),
-    ],
-)
-def test_bad_global_config(config: object, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        VulkanQuantizer().set_global(config)
-
-
-def test_setters_return_the_quantizer() -> None:
-    quantizer = VulkanQuantizer()
-    assert quantizer.set_global(get_symmetric_quantization_config()) is quantizer
-    assert quantizer.set_filter_function(lambda node: True) is quantizer
-    with pytest.raises(torchvk.errors.ArgumentTypeError, match="filter_fn must be callable, not int"):
-        quantizer.set_filter_function(1)
-
-
-def test_no_config_is_an_error() -> None:
-    exported = torch.export.export(nn.Linear(4, 4), (torch.randn(1, 4),)).module()
-    with pytest.raises(torchvk.errors.ArgumentError, match="set_global"):
-        prepare_pt2e(exported, VulkanQuantizer())
 
 
 # --- what is annotated, and what convert_pt2e makes of it ----------------------------------------------------
@@ -291,7 +161,7 @@ def test_left_alone(case: str, caplog: pytest.LogCaptureFixture) -> None:
         prepared = prepare_pt2e(exported, VulkanQuantizer().set_global(get_symmetric_quantization_config()))
     assert operators(prepared) == before
     assert not [node for node in prepared.graph.nodes if node.op == "call_module" and "post_process" in node.target]
-    assert "no floating-point linear" in caplog.text
+    assert "no floating-point operator" in caplog.text
 
 
 def test_written_weight_is_left_alone() -> None:
@@ -351,27 +221,16 @@ def test_validate_names_the_node() -> None:
     class Wrong(VulkanQuantizer):
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             node = next(node for node in model.graph.nodes if linear_operands(node) is not None)
-            spec = _spec(qscheme=torch.per_tensor_symmetric, observer_or_fake_quant_ctr=MinMaxObserver)
-            node.meta["quantization_annotation"] = self.annotation(node, spec)
+            bias_spec = spec(qscheme=torch.per_tensor_symmetric, observer_or_fake_quant_ctr=MinMaxObserver)
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map={node.args[2]: bias_spec})
             return model
 
-        @staticmethod
-        def annotation(node: torch.fx.Node, spec: QuantizationSpec) -> QuantizationAnnotation:
-            return QuantizationAnnotation(input_qspec_map={node.args[2]: spec})
-
-    class WrongOutput(Wrong):
-        @staticmethod
-        def annotation(node: torch.fx.Node, spec: QuantizationSpec) -> QuantizationAnnotation:
-            return QuantizationAnnotation(output_qspec=spec)
-
-    model = nn.Linear(6, 6)
-    for quantizer, words in ((Wrong(), "linear: bias"), (WrongOutput(), "linear: a quantized output")):
-        exported = torch.export.export(model, (torch.randn(2, 6),)).module()
-        with pytest.raises(torchvk.errors.UnsupportedError, match=words):
-            prepare_pt2e(exported, quantizer)
+    exported = torch.export.export(nn.Linear(6, 6), (torch.randn(2, 6),)).module()
+    with pytest.raises(torchvk.errors.UnsupportedError, match="linear: bias"):
+        prepare_pt2e(exported, Wrong())
     exported = torch.export.export(Apply(lambda m, x: F.linear(x, x)), (torch.randn(2, 6),)).module()
     node = next(node for node in exported.graph.nodes if linear_operands(node) is not None)
-    node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map={node.args[1]: _spec()})
+    node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map={node.args[1]: spec()})
     with pytest.raises(torchvk.errors.UnsupportedError, match="the weight x is not a constant"):
         VulkanQuantizer().validate(exported)
 

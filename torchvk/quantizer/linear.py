@@ -1,17 +1,18 @@
-"""Annotation of linears: ``y = x Wᵀ + b`` in every form that ``torch.export`` gives it."""
+"""Annotation of linears, ``y = x Wᵀ + b`` in every form of ``torch.export``, and of products of activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationConfig, QuantizationSpec
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torch.fx import Node
+from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
-from torchvk.quantizer.constants import constant_nodes
+from torchvk.errors import ArgumentError
+from torchvk.quantizer.annotation import Scope, annotate, is_float
+from torchvk.quantizer.config import along, group_size_of
+from torchvk.quantizer.settings import module_path
 
 _aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ _FORMS: dict[Any, tuple[int, int, int]] = {
     _aten.matmul.default: (0, 1, 1),
     _aten.addmm.default: (1, 2, 1),
 }
-_DTYPES = (torch.float32, torch.float16)
+_PRODUCTS = (_aten.matmul.default, _aten.bmm.default, _aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -45,53 +46,80 @@ def linear_operands(node: Node) -> LinearOperands | None:
         return None
     if any(float(node.kwargs.get(factor, 1)) != 1.0 for factor in ("alpha", "beta")):
         return None  # addmm that scales: beta * b + alpha * x W
-    values = [argument.meta.get("val") for argument in (input_node, weight)]
-    if not all(isinstance(value, torch.Tensor) and value.dtype in _DTYPES for value in values):
+    if not is_float(input_node) or not is_float(weight):
         return None
-    if values[1].dim() != 2:  # matmul also takes vectors and batches of matrices
+    if weight.meta["val"].dim() != 2:  # matmul also takes vectors and batches of matrices
         return None
     return LinearOperands(input_node, weight, channel_dim)
 
 
-def annotate_linears(
-    model: GraphModule, config: QuantizationConfig, filter_function: Callable[[Node], bool] | None = None
-) -> list[Node]:
-    """Write ``config`` into the metadata of every linear that can have it and return these nodes.
+def annotate_linears(scope: Scope) -> list[Node]:
+    """Annotate every linear that the settings give a configuration, and return these nodes.
 
-    Left alone are linears whose weight is not constant, those of other dtypes than float32 and float16, those that
-    ``filter_function`` returns False for, and those that have an annotation already. One weight used by several
-    linears and one input shared by several linears need nothing here: PT2E gives edges that leave the same node
-    with equal specifications one observer, so the tensor is quantized once.
+    Left alone are linears whose weight is not constant, those of other dtypes than float32 and float16, and those
+    that have an annotation already. One weight used by several linears and one input shared by several linears need
+    nothing here: PT2E gives edges that leave the same node with equal specifications one observer, so the tensor is
+    quantized once.
+
+    Raises ``ArgumentError`` for a linear whose input channels the group size does not divide.
     """
-    constants = constant_nodes(model)
-    annotated = []
-    for node in model.graph.nodes:
+    found = []
+    for node in scope.model.graph.nodes:
         operands = linear_operands(node)
-        if operands is None or operands.weight not in constants or _is_annotated(node):
+        if operands is None or operands.weight not in scope.constants:
             continue
-        if filter_function is not None and not filter_function(node):
-            continue
-        specifications = _specifications(operands, config)
         # PT2E knows an edge by its two ends: linear(w, w) has two edges that it cannot tell apart.
-        if any(_uses(node, argument) > 1 for argument in specifications):
+        if _uses(node, operands.weight) > 1:
             continue
-        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=specifications, _annotated=True)
-        annotated.append(node)
-    return annotated
+        config = scope.config(node)
+        if config is None:
+            continue
+        _check_groups(node, operands, config)
+        inputs = {operands.weight: along(config.weight, operands.channel_dim)}
+        if config.input_activation is not None:
+            if _uses(node, operands.input) > 1:  # also the addend: addmm(x, x, W)
+                continue
+            inputs[operands.input] = config.input_activation
+        output = config.output_activation
+        annotate(node, inputs, output, scope.last(node, config) if output is not None else None)
+        found.append(node)
+    return found
 
 
-def _specifications(operands: LinearOperands, config: QuantizationConfig) -> dict[Node, QuantizationSpec]:
-    weight = config.weight
-    if weight.qscheme == torch.per_channel_symmetric:
-        weight = replace(weight, ch_axis=operands.channel_dim)
-    if config.input_activation is None:
-        return {operands.weight: weight}
-    return {operands.input: config.input_activation, operands.weight: weight}
+def is_product(node: Node) -> bool:
+    """Whether ``node`` multiplies two float matrices or batches of them, of which neither need be constant."""
+    return node.op == "call_function" and node.target in _PRODUCTS and is_float(node)
 
 
-def _is_annotated(node: Node) -> bool:
-    annotation = node.meta.get(Q_ANNOTATION_KEY)
-    return annotation is not None and annotation._annotated
+def annotate_products(scope: Scope) -> list[Node]:
+    """Annotate products of two activations (matmul, bmm, mm) with a static configuration: both operands and the
+    result get observers. Returns these nodes."""
+    found = []
+    for node in scope.model.graph.nodes:
+        if not is_product(node):
+            continue
+        operands = node.args[:2]
+        if not all(is_float(operand) for operand in operands):
+            continue
+        if all(operand in scope.constants for operand in operands):
+            continue
+        config = scope.static_config(node)
+        if config is None:
+            continue
+        output: QuantizationSpec | None = config.output_activation
+        annotate(node, dict.fromkeys(operands, config.input_activation), output)
+        found.append(node)
+    return found
+
+
+def _check_groups(node: Node, operands: LinearOperands, config: QuantizationConfig) -> None:
+    size = group_size_of(config.weight)
+    channels = operands.weight.meta["val"].shape[1 - operands.channel_dim]
+    if size is not None and channels % size:
+        raise ArgumentError(
+            f"{module_path(node) or node.name}: group_size={size} does not divide its {channels} input channels; give "
+            "this module another configuration, or None, with set_module_name"
+        )
 
 
 def _uses(node: Node, argument: Node) -> int:
