@@ -88,5 +88,5 @@ def arithmetic(model: torch.fx.GraphModule) -> list[str]:
 
 def sqnr(reference: torch.Tensor, y: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB."""
-    noise = (reference.double() - y.double()).square().mean()
-    return float(10 * torch.log10(reference.double().square().mean() / noise))
+    signal, given = reference.detach().double(), y.detach().double()
+    return float(10 * torch.log10(signal.square().mean() / (signal - given).square().mean()))

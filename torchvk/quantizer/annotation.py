@@ -29,18 +29,20 @@ CLAMPS = (
 
 @dataclass(frozen=True)
 class Scope:
-    """A model, its nodes that hold constants, and the user's settings."""
+    """A model, its nodes that hold constants, its tensors that in-place operators write to, and the user's settings."""
 
     model: GraphModule
     constants: frozenset[Node]
+    written: frozenset[Node]
     settings: Settings
 
     def config(self, node: Node, *, on_request: bool = False, ask: bool = True) -> QuantizationConfig | None:
         """The configuration to annotate ``node`` with; None: leave it alone, also if it is annotated already.
 
+        Also left alone is what reads or gives a tensor that is written to in place: quantized, it is another tensor.
         ``on_request``: only a setting that is more specific than the global one counts. ``ask``: ask the filter.
         """
-        if annotated(node):
+        if annotated(node) or not self.written.isdisjoint((node, *node.all_input_nodes)):
             return None
         config, specific = self.settings.find(node)
         if config is None or (on_request and not specific):
@@ -56,14 +58,15 @@ class Scope:
 
     def last(self, node: Node, config: QuantizationConfig, *, batch_norm: bool = False) -> Node:
         """The node whose output leaves the operator that ``node`` begins: a clamp that only it feeds, and before that
-        a batch norm, if they have the same configuration; else ``node``."""
+        a batch norm, unless a setting of their own says otherwise; else ``node``."""
         for targets in (_BATCH_NORM, CLAMPS) if batch_norm else (CLAMPS,):
             users = [user for user in node.users if is_call(user)]
             if len(users) != 1 or len(node.users) != 1:
                 continue
             (user,) = users
             fits = user.target in targets and user.args[0] is node and is_float(user) and not annotated(user)
-            if fits and self.settings.find(user)[0] == config:
+            theirs, specific = self.settings.find(user)
+            if fits and (theirs == config or not specific):
                 node = user
         return node
 

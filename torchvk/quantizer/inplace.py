@@ -1,4 +1,4 @@
-"""In-place operators become plain ones where nobody can tell."""
+"""In-place operators: they become plain ones where nobody can tell, and elsewhere keep others from quantization."""
 
 from __future__ import annotations
 
@@ -20,6 +20,24 @@ def replace_in_place(model: GraphModule) -> None:
         if _is_fresh(node.args[0]) and list(node.args[0].users) == [node] and _same_type(node, node.args[0]):
             node.target = plain
     model.recompile()
+
+
+def written_tensors(model: GraphModule) -> set[Node]:
+    """The nodes that share memory, or may do so, with a tensor that an in-place operator writes to."""
+    found: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, description in zip(node.args, node.target._schema.arguments, strict=False):
+            if description.alias_info is not None and description.alias_info.is_write:
+                pending = [argument] if isinstance(argument, Node) else []
+                while pending:
+                    each = pending.pop()
+                    if each not in found:
+                        found.add(each)
+                        pending += [] if each.op != "call_function" or _is_fresh(each) else each.all_input_nodes
+                        pending += [user for user in each.users if user.op == "call_function" and not _is_fresh(user)]
+    return found
 
 
 def _plain_overload(node: Node) -> torch._ops.OpOverload | None:
@@ -53,6 +71,7 @@ _FRESH_COMPOSITES = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
     | {"linear", "matmul", "batch_norm", "layer_norm", "instance_norm", "group_norm"}
     | {"max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "silu", "relu6", "softmax"}
+    | {"upsample_nearest1d", "upsample_nearest2d", "avg_pool1d", "hardsigmoid", "mean", "sum", "concat"}
 )
 
 

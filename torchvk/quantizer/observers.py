@@ -162,7 +162,7 @@ class _Groups:
     def _convert(self, model: GraphModule, node: Node) -> None:
         (weight,) = node.args
         assert isinstance(weight, Node)
-        dtype = weight.meta["val"].dtype
+        dtype = _example(weight).dtype
         limits = (self.dtype, self.quant_min, self.quant_max)
         with model.graph.inserting_before(node):
             parameters = [
@@ -257,10 +257,18 @@ def _token(shape: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (len(shape) - 1) + (int(shape[-1]),)
 
 
+def _example(node: Node) -> torch.Tensor:
+    """What ``node`` gave when it was exported; dequantized tensors are like what was quantized."""
+    while "val" not in node.meta:
+        node = node.all_input_nodes[0]
+    value: torch.Tensor = node.meta["val"]
+    return value
+
+
 def _convert_per_token(model: GraphModule, node: Node, dtype: torch.dtype, quant_min: int, quant_max: int) -> None:
     (x,) = node.args
     assert isinstance(x, Node)
-    value = x.meta["val"]
+    value = _example(x)
     block, limits, graph = _token(value.shape), (dtype, quant_min, quant_max), model.graph
     with graph.inserting_before(node):
         chosen = graph.call_function(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import operator
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig
 from torchvk.errors import ArgumentTypeError
 
 _PACKETS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_MODULES = (torch, torch.nn.functional, torch._C._nn, operator, builtins)
+_MODULES = (torch, torch.nn.functional, torch._C._nn, operator)
 
 
 @dataclass

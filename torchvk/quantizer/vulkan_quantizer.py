@@ -19,7 +19,7 @@ from torchvk.quantizer.constants import constant_nodes, constant_value
 from torchvk.quantizer.conv import annotate_convolutions
 from torchvk.quantizer.elementwise import annotate_activations
 from torchvk.quantizer.embedding import annotate_embeddings
-from torchvk.quantizer.inplace import replace_in_place
+from torchvk.quantizer.inplace import replace_in_place, written_tensors
 from torchvk.quantizer.linear import annotate_linears, annotate_products
 from torchvk.quantizer.movement import annotate_joins, annotate_move
 from torchvk.quantizer.normalization import annotate_normalization
@@ -139,7 +139,7 @@ class VulkanQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
                 "VulkanQuantizer has no quantization configuration: call "
                 "set_global(get_symmetric_quantization_config(...)) first, or one of its other setters"
             )
-        scope = Scope(model, frozenset(constant_nodes(model)), self.settings)
+        scope = Scope(model, frozenset(constant_nodes(model)), frozenset(written_tensors(model)), self.settings)
         count = sum(len(annotate_family(scope)) for annotate_family in _FAMILIES)
         for node in model.graph.nodes:
             if node not in scope.constants:
