@@ -48,7 +48,8 @@ def test_static_convolution() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+        nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
     )  # fmt: skip
     x = torch.randn(2, 3, 12, 12)
     agree(quantize(model, (x,), is_static=True), x)

@@ -64,7 +64,8 @@ class Scope:
             if len(users) != 1 or len(node.users) != 1:
                 continue
             (user,) = users
-            fits = user.target in targets and user.args[0] is node and is_float(user) and not annotated(user)
+            fits = user.target in targets and user.args[0] is node and is_float(user)
+            fits = fits and not annotated(user) and user not in self.written
             theirs, specific = self.settings.find(user)
             if fits and (theirs == config or not specific):
                 node = user
