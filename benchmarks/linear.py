@@ -126,7 +126,7 @@ def run(device: Device, wanted: Iterable[Any], limits: Limits, tier: int | None,
         layer = known[key].with_rows(m)
         # A chain long enough to fill the device; one layer of the largest products alone does that.
         length = max(4, min(layers, int(3e13 / (2 * m * n * k)) or 1))
-        timing = measure(device, layer, layers=length, max_tier=tier, warm=1.0 if number == 0 else 0.15)
+        timing = measure(device, layer, layers=length, max_tier=tier, warm=1.0 if number == 0 else 0.4)
         yield row_of(scheme, layer, m, n, k, timing, limits)
 
 

@@ -146,7 +146,8 @@ def test_the_device_quantizes_as_the_reference_does(
         assert scheme is not None
         x = difficult_rows(rng, dtype, k)
         if not scheme.per_token:
-            x = x[rng.permutation(len(x))[: rng.integers(1, 12)]]
+            # One row alone may be quantized by the product itself.
+            x = x[rng.permutation(len(x))[: rng.integers(2, 12)]]
         linear = dataclasses.replace(chosen, group_size=k)
         device = open_device().physical.capabilities(max_tier())
         packing = Packing.of(TensorType(DType.INT8, (1, k)), k)

@@ -14,11 +14,17 @@ from torchvk.runtime.device import open_device
 from torchvk.runtime.plan import MAX_PUSH
 
 
+# Storage buffers of a stage: Vulkan promises 4, every driver of 1.3 known to us has 16 and more.
+MAX_BINDINGS = 16
+
+
 @pytest.mark.parametrize("name", shaders.names())
 def test_modules_keep_the_contract(name: str) -> None:
     module = reflect(name)
     assert module.entry_points == [(GL_COMPUTE, "main")]
-    assert sorted(module.buffers) == list(range(len(module.buffers)))
+    # The compiler leaves out bindings that a variant does not touch; a dispatch binds them all the same.
+    assert min(module.buffers) == 0
+    assert max(module.buffers) < MAX_BINDINGS
     assert module.sets == {0}
     assert any(module.buffers.values()), "it writes nothing"
     assert module.push <= MAX_PUSH

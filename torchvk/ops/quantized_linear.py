@@ -7,8 +7,9 @@ only) the product is Σ_k x[m, k] · (sw[n, g] · qw[n, k]) in float32. f and th
 float16 results are rounded once, at the end.
 
 Against eager mode, which dequantizes and multiplies matrices: float32 models differ by the order of float32 additions
-alone. float16 models there round every dequantized weight and activation to float16, which is not repeated here: each
-product may differ by 2^-10 of itself (twice half a unit of 11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
+alone. float16 models there round every dequantized weight and activation to float16. Matrix units take weights rounded
+like that; other kernels do not round them: each product may differ from eager's by 2^-10 of itself (twice half a unit of
+11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
 """
 
 from __future__ import annotations
