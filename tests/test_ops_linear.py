@@ -87,6 +87,7 @@ def check_matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: boo
         (1, 1, 1, False),
         (3, 33, 9, True),
         (4, 64, 64, False),
+        (2, 33, 264, True),
         (20, 68, 40, True),
         (65, 130, 35, False),
     ],
@@ -247,7 +248,9 @@ def test_choice(device: str, m: int, transpose_b: bool, kernel: str) -> None:
     assert choice.kernel == kernel
     assert choice.local_size <= DEVICES[device].max_workgroup_invocations
     half = choose(replace(product, dtype=DType.FLOAT16), DEVICES[device])
-    assert half.kernel == kernel.replace("f32", "f16")
+    assert half.kernel == kernel.replace("gemv_rows_f32", "gemv_rows_f16_wide").replace("f32", "f16")
+    unaligned = choose(replace(product, dtype=DType.FLOAT16, k=516), DEVICES[device])
+    assert unaligned.kernel == kernel.replace("f32", "f16")
 
 
 def test_transposed_a_is_never_a_gemv() -> None:

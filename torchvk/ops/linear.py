@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -121,6 +121,8 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
         local_size = min(128, capabilities.max_workgroup_invocations)
         if product.transpose_b:
             suffix = "_subgroup" if capabilities.tier >= 1 else ""
+            if name == "f16" and product.k % 8 == 0:
+                return Choice(f"gemv_rows_f16_wide{suffix}", 4, 4, local_size, 8)
             return Choice(f"gemv_rows_{name}{suffix}", 4, 4, local_size, 4)
         return Choice(f"gemv_columns_{name}", 4, 64, local_size, 2)
     tiles = matrix_tiles(product, capabilities)
@@ -185,10 +187,12 @@ def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Var
         return ()
     chosen = choose(product, capabilities)
     choices = {chosen: None}
-    if chosen.matrix:
+    if chosen.group == 8 and not chosen.matrix:
+        choices[replace(chosen, kernel=chosen.kernel.replace("_wide", ""), group=4)] = None
+    if chosen.matrix or (product.m > 1 and product.dtype is DType.FLOAT16):
         for tile in plausible(matrix_tiles(product, capabilities), product.m, product.n, product.batches):
             choices[_matrix_choice(tile)] = None
-    else:
+    if not chosen.matrix:
         choices.update(dict.fromkeys(_block_choices(product, capabilities)))
     return tuple((_name(choice), _kernels(product, slots, capabilities, choice)) for choice in choices)
 

@@ -8,8 +8,8 @@ float16 results are rounded once, at the end.
 
 Against eager mode, which dequantizes and multiplies matrices: float32 models differ by the order of float32 additions
 alone. float16 models there round every dequantized weight and activation to float16. Matrix units take weights rounded
-like that; other kernels do not round them: each product may differ from eager's by 2^-10 of itself (twice half a unit of
-11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
+like that; other kernels do not round them: each product may differ from eager's by 2^-10 of itself (twice half a unit
+of 11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
 """
 
 from __future__ import annotations
