@@ -13,7 +13,6 @@ from torchvk.ops import Arg, Dispatch
 from torchvk.runtime.device import open_device
 from torchvk.runtime.plan import MAX_PUSH
 
-
 # Storage buffers of a stage: Vulkan promises 4, every driver of 1.3 known to us has 16 and more.
 MAX_BINDINGS = 16
 

@@ -187,10 +187,11 @@ def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Var
         return ()
     chosen = choose(product, capabilities)
     choices = {chosen: None}
-    if chosen.group == 8 and not chosen.matrix:
+    if "_wide" in chosen.kernel:
         choices[replace(chosen, kernel=chosen.kernel.replace("_wide", ""), group=4)] = None
-    if chosen.matrix or (product.m > 1 and product.dtype is DType.FLOAT16):
-        for tile in plausible(matrix_tiles(product, capabilities), product.m, product.n, product.batches):
+    tiles = matrix_tiles(product, capabilities) if product.m > 1 else ()
+    if tiles:
+        for tile in plausible(tiles, product.m, product.n, product.batches):
             choices[_matrix_choice(tile)] = None
     if not chosen.matrix:
         choices.update(dict.fromkeys(_block_choices(product, capabilities)))
