@@ -56,6 +56,7 @@ docs: setup
 bench: setup
 	$(BIN)/python -m benchmarks.call
 	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.minilm --batches 1
 
 clean:
 	rm -rf $(VENV) build dist torchvk/shaders/spirv .mypy_cache .ruff_cache .pytest_cache .coverage*
