@@ -175,11 +175,7 @@ def choose(sizes: Sizes, dtype: DType, mask_elements: int, capabilities: Capabil
 def _choose_matrix(sizes: Sizes, capabilities: Capabilities) -> Choice | None:
     if capabilities.tier < 2 or not capabilities.shuffle or sizes.width % 8 or sizes.width > 128:
         return None
-    shapes = {
-        (shape.m, shape.n, shape.k)
-        for shape in capabilities.cooperative_matrices
-        if (shape.a, shape.b, shape.c, shape.result) == ("float16", "float16", "float32", "float32")
-    }
+    shapes = capabilities.matrix_shapes("float16", "float32")
     width = next(w for w in (32, 64, 128) if sizes.width <= w)
     keys = 32 if width > 64 else 64
     for shape, lanes in MATRICES:

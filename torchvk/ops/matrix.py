@@ -77,11 +77,7 @@ def tiles_of(
     """Those of ``tiles`` that the device can run, in order. ``both``: see Tile.shared."""
     if capabilities.tier < 2:
         return ()
-    shapes = {
-        (shape.m, shape.n, shape.k)
-        for shape in capabilities.cooperative_matrices
-        if (shape.a, shape.b, shape.c, shape.result) == (element, element, accumulator, accumulator)
-    }
+    shapes = capabilities.matrix_shapes(element, accumulator)
     per_word = 16 // DType(element).numpy.itemsize
     return tuple(
         tile

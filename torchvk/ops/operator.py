@@ -67,6 +67,15 @@ class Capabilities:
     matmul_precision: MatmulPrecision = "highest"
     fragments: tuple[Fragment, ...] = ()
 
+    def matrix_shapes(self, element: str, accumulator: str) -> frozenset[tuple[int, int, int]]:
+        """M, N and K of the cooperative matrices with these operands and sums (names as in CooperativeMatrixShape)."""
+        wanted = (element, element, accumulator, accumulator)
+        return frozenset(
+            (shape.m, shape.n, shape.k)
+            for shape in self.cooperative_matrices
+            if (shape.a, shape.b, shape.c, shape.result) == wanted
+        )
+
     @property
     def local_size(self) -> int:
         """Workgroup size for kernels without shared memory. One subgroup on a CPU (lavapipe likes that best),

@@ -325,12 +325,7 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
     half = case.scheme is None
     if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.scale.dtype is DType.FLOAT16):
         return
-    operand, result = ("float16", "float32") if half else ("int8", "int32")
-    offered = {
-        (s.m, s.n, s.k)
-        for s in capabilities.cooperative_matrices
-        if (s.a, s.b, s.c, s.result) == (operand, operand, result, result)
-    }
+    offered = capabilities.matrix_shapes(*(("float16", "float32") if half else ("int8", "int32")))
     for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
         if shape in offered and lanes == capabilities.subgroup_size:
             # float16 tiles: wide ones read x less often, narrow ones are more, where there are few columns.

@@ -99,10 +99,7 @@ TILES = (
 def _runs(tiles: Tiles, capabilities: Capabilities) -> bool:
     return (
         capabilities.subgroup_size == tiles.lanes
-        and any(
-            (s.m, s.n, s.k) == tiles.shape and (s.a, s.b, s.c, s.result) == ("int8", "int8", "int32", "int32")
-            for s in capabilities.cooperative_matrices
-        )
+        and tiles.shape in capabilities.matrix_shapes("int8", "int32")
         and tiles.threads <= min(capabilities.max_workgroup_invocations, capabilities.max_workgroup_size[0])
         and tiles.shared_memory <= capabilities.shared_memory
     )

@@ -253,9 +253,7 @@ class Device:
         features = _enabled_features(physical)
         if self.statistics:
             extensions.append(EXECUTABLE_PROPERTIES)
-            features.append(
-                vk.make("VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR", pipelineExecutableInfo=1)
-            )
+            features.append(vk.make(EXECUTABLE_FEATURES, pipelineExecutableInfo=1))
         queue = vk.make(
             "VkDeviceQueueCreateInfo",
             queueFamilyIndex=physical.queue_family,
