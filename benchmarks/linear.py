@@ -45,7 +45,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
 SIZES = ("4096x4096", "14336x4096", "4096x14336")
 ROWS = (1, 2, 4, 8, 16, 128, 512, 2048)
 SWEEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 513, 1024, 2048, 4096, 8192)
-SWEEP_SIZES = (512, 1024, 2048, 4096, 4100, 8192, 16384)
+SWEEP_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+# N and K off the size of every tile, and the next multiples.
+ODD_SIZES = ((4100, 4128), (4224, 4224))
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def cases(sweep: bool, schemes: Iterable[str], sizes: Iterable[str], rows: Itera
     for scheme in schemes:
         yield from ((scheme, m, 4096, 4096) for m in SWEEP_ROWS)
         yield from ((scheme, m, size, size) for size in SWEEP_SIZES for m in (1, 512))
+        yield from ((scheme, m, n, k) for n, k in ODD_SIZES for m in (1, 512))
 
 
 def run(device: Device, wanted: Iterable[Any], limits: Limits, tier: int | None, layers: int) -> Iterator[Row]:

@@ -324,7 +324,9 @@ def test_clamp_to_wide_bounds() -> None:
     y = special("float32")
     for bounds in ((float("nan"), None), (float("-inf"), float("inf")), (-0.3, 0.7)):
         attributes = ClampAttributes(*bounds)
-        want = torch.clamp(torch.from_numpy(y), *bounds).numpy()
+        # A bound of NaN makes all NaN, as it does in torch from 2.12 on.
+        nothing = np.isnan(bounds[0])
+        want = np.full_like(y, np.nan) if nothing else torch.clamp(torch.from_numpy(y), *bounds).numpy()
         assert_same(reference("clamp", attributes, y), want)
         assert_same(run_op("clamp", attributes, [y])[0], want)
 
