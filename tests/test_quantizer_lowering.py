@@ -137,10 +137,12 @@ def test_mixture_of_schemes() -> None:
     agree(quantize(model, (x,), quantizer), x, steps=4)
 
 
-@pytest.mark.parametrize("config", [{"is_static": True}, {"is_dynamic": True, "is_per_token": True}], ids=str)
-def test_after_training(config: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("norm", "config"), [(nn.BatchNorm2d(4), {"is_static": True}), (nn.Identity(), {"is_dynamic": True})], ids=str
+)
+def test_after_training(norm: nn.Module, config: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
     x = torch.randn(4, 3, 6, 6)
     quantizer = VulkanQuantizer().set_global(get_symmetric_quantization_config(is_qat=True, **config))
     prepared = prepare_qat_pt2e(torch.export.export(model, (x,)).module(), quantizer)
