@@ -166,7 +166,9 @@ class Small(nn.Module):
         return self.head(torch.relu(self.hidden(x)))
 
 
-def trained(config: dict[str, Any], norm: bool, steps: int = 25) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[float]]:
+def trained(
+    config: dict[str, Any], norm: bool, steps: int = 25
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[float]]:
     """Model prepared and trained, in evaluation mode; the same converted; the losses."""
     torch.manual_seed(0)
     model, x, target = Small(norm), torch.randn(12, 2, 8, 8), torch.arange(12) % 3
