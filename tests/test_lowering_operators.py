@@ -372,7 +372,8 @@ def test_every_operator_can_be_reached() -> None:
     }
     layer = {"linear": torch.nn.Linear(5, 3)}
     attention = {"attention": lambda q: F.scaled_dot_product_attention(q, q + 1, q - 1)}
-    used = {"quantized_linear"}  # is a pattern: see test_lowering_quantized.py
+    # See test_lowering_quantized.py and test_quantizer_lowering.py.
+    used = {"quantized_linear", "quantize", "dequantize"}
     # Attention is known by its parts, which the configuration above would keep whole.
     used |= set(lower_module(Family(attention), (random(2, 3, 5, 8),)).operators())
     for family, inputs in (

@@ -419,7 +419,6 @@ REFUSED: dict[str, tuple[torch.nn.Module, str]] = {
     "3-bit weights": (Dequantized(F.linear, affine([1, 32]), low=-4, high=3), "3-bit weights"),
     "unsigned weights": (Dequantized(F.linear, affine([1, 32]), low=0, high=15, dtype=torch.uint8), "torch.uint8"),
     "scale per block of output channels": (Dequantized(F.linear, affine([4, 64]), scale=(4, 1)), "output channels"),
-    "static activations": (Dequantized(lambda x, w: F.linear(static(x), w), affine([1, 32])), "static"),
     "activations in blocks": (Dequantized(lambda x, w: F.linear(in_blocks(x), w), affine([1, 32])), "blocks of"),
     "uint8 activations": (Dequantized(lambda x, w: F.linear(to_uint8(x), w), affine([1, 32])), "torch.uint8"),
     "float weights": (
@@ -439,6 +438,13 @@ def test_refused(kind: str) -> None:
     assert any(reason in refusal.reason and is_product(refusal) for refusal in lowered.report)
     # The whole chain stays together: no view of a dequantized matrix is sent to the GPU and back.
     assert len(lowered.report) >= len(lowered.cpu)
+    compare(lowered.run(*inputs), module(*inputs))
+
+
+def test_static_activations_are_not_refused() -> None:
+    module, inputs = Dequantized(lambda x, w: F.linear(static(x), w), affine([1, 32])), (torch.randn(5, 64),)
+    lowered = lower_module(module, inputs)
+    assert not lowered.cpu
     compare(lowered.run(*inputs), module(*inputs))
 
 

@@ -8,6 +8,7 @@ from torchvk.ops import indexing as indexing
 from torchvk.ops import linear as linear
 from torchvk.ops import movement as movement
 from torchvk.ops import normalization as normalization
+from torchvk.ops import quantize as quantize
 from torchvk.ops import quantized_linear as quantized_linear
 from torchvk.ops import reduction as reduction
 from torchvk.ops.operator import (

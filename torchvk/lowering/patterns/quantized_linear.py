@@ -45,6 +45,8 @@ def match(node: Node, source: Source) -> Match | None:
         return None
     x_name, weight_name, addend_name, rows_first = PRODUCTS[operator_name(node)]
     given = arguments(node, lambda operand: operand)
+    if any(is_static(base_of(given[name]), source) for name in (x_name, weight_name)):
+        return None  # node by node, and then torchvk.lowering.passes
     view = trace(given[weight_name])
     if operator_name_or_empty(view.base) not in DEQUANTIZE:
         raise Refused("its input is quantized and its weight is not")
@@ -87,6 +89,16 @@ def chain(node: Node) -> frozenset[Node]:
                 operand = operand.all_input_nodes[0]
             found |= quantization(base)
     return frozenset(found)
+
+
+def is_static(node: Node, source: Source) -> bool:
+    """Whether ``node`` dequantizes data that is no constant, with parameters that are not chosen at run time."""
+    if operator_name_or_empty(node) not in DEQUANTIZE_ACTIVATION:
+        return False
+    given = arguments(node, lambda operand: operand)
+    scale = given.get("scale", given.get("scales"))
+    chosen = isinstance(scale, Node) and not source.is_constant(scale)
+    return not chosen and not source.is_constant(given["input"])
 
 
 def operator_name_or_empty(node: Node) -> str:

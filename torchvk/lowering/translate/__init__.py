@@ -6,6 +6,7 @@ from torchvk.lowering.translate import (  # noqa: F401  # importing a family reg
     linear,
     movement,
     normalization,
+    quantize,
     reduction,
 )
 from torchvk.lowering.translate.registry import TRANSLATIONS, translate
