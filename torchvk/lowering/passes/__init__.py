@@ -3,6 +3,7 @@
 from torchvk.lowering.draft import Draft
 from torchvk.lowering.passes.attention import fuse_attention
 from torchvk.lowering.passes.clean import remove_dead, share
+from torchvk.lowering.passes.conv import fuse_conv
 from torchvk.lowering.passes.epilogue import fuse_epilogue
 from torchvk.lowering.passes.fold import fold_constants
 from torchvk.lowering.passes.linear import fuse_linear
@@ -10,7 +11,7 @@ from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
-PASSES = (simplify_views, fuse_attention, fuse_linear, fuse_epilogue, fuse_sums, fold_constants, share, remove_dead)
+PASSES = (simplify_views, fuse_attention, fuse_linear, fuse_conv, fuse_epilogue, fuse_sums, fold_constants, share, remove_dead)
 MAX_ROUNDS = 8
 
 
