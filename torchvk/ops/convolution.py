@@ -4,8 +4,8 @@ x [N, *spatial, C], y [N, *spatial, O]; one to three spatial dimensions, which k
 [O, *kernel, C / groups], or [*kernel, O] where each channel of x is a group of its own (depthwise): then neighbouring
 channels lie side by side in all operands.
 
-x may be dilated: input_dilation - 1 zeros lie between its pixels. A transposed convolution is one over a dilated x, with
-stride 1, the kernel flipped, and padding dilation · (kernel - 1) - p, which may be negative: then it cuts off.
+x may be dilated: input_dilation - 1 zeros lie between its pixels. A transposed convolution is one over a dilated x,
+with stride 1, the kernel flipped, and padding dilation · (kernel - 1) - p, which may be negative: then it cuts off.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def output_shape(name: str, attributes: Sliding, x: TensorType, weight: TensorTy
     steps = (*attributes.stride, *attributes.dilation, *attributes.input_dilation)
     expect(all(step >= 1 for step in steps), f"{name}: strides and dilations must be 1 or more, got {steps}")
     groups, channels = attributes.groups, x.shape[-1]
-    expect(groups >= 1 and channels % groups == 0, f"{name}: {groups} groups do not divide the {channels} channels of x")
+    expect(groups >= 1 and channels % groups == 0, f"{name}: {groups} groups do not divide the {channels} channels")
     deep = is_depthwise(attributes, x)
     expected = rank + (1 if deep else 2)
     form = "[*kernel, O]" if deep else f"[O, *kernel, {channels // groups}]"
@@ -73,10 +73,7 @@ def output_shape(name: str, attributes: Sliding, x: TensorType, weight: TensorTy
     expect(deep or weight.shape[-1] == channels // groups, f"{name} of {x} takes a weight {form}, got {weight}")
     expect(outputs % groups == 0, f"{name}: {groups} groups do not divide the {outputs} channels of the result")
     expect(channels > 0 and outputs > 0 and min(kernel) > 0, f"{name}: {x} or the weight {weight} is empty")
-    spatial = tuple(
-        output_size(*sizes)
-        for sizes in zip(x.shape[1:-1], kernel, attributes.stride, *lists, strict=True)
-    )
+    spatial = tuple(output_size(*sizes) for sizes in zip(x.shape[1:-1], kernel, attributes.stride, *lists, strict=True))
     expect(
         min(x.shape[1:-1]) >= 1 and min(spatial) >= 1,
         f"{name}: a kernel {list(kernel)} does not fit into {x} with padding {attributes.padding}",
@@ -192,7 +189,7 @@ def convolve(x: Array, weight: Array, attributes: Sliding, fill: float = 0) -> A
 
     Tap by tap: a matrix product, or an elementwise one for depthwise convolutions.
     """
-    rank, groups, channels = len(attributes.stride), attributes.groups, x.shape[-1]
+    groups, channels = attributes.groups, x.shape[-1]
     depthwise = groups > 1 and groups == channels
     kernel = weight.shape[:-1] if depthwise else weight.shape[1:-1]
     outputs = weight.shape[-1] if depthwise else weight.shape[0]
@@ -214,7 +211,7 @@ def convolve(x: Array, weight: Array, attributes: Sliding, fill: float = 0) -> A
         if depthwise:
             y += np.repeat(part, outputs // channels, axis=-1) * weight[tap]
             continue
-        w = weight[(slice(None), *tap)].reshape(groups, outputs // groups, channels // groups)
+        w = np.moveaxis(weight, 0, -2)[tap].reshape(groups, outputs // groups, channels // groups)
         rows = part.reshape(-1, groups, channels // groups).swapaxes(0, 1)
         y += np.matmul(rows, w.swapaxes(1, 2)).swapaxes(0, 1).reshape(y.shape)
     return y
@@ -230,11 +227,7 @@ def _widened(x: Array, attributes: Sliding, fill: float) -> Array:
         fill,
         x.dtype,
     )
-    inside = tuple(
-        slice(max(b, 0), max(b, 0) + s, up) for s, up, (b, _) in zip(sizes, ups, pairs, strict=True)
-    )
+    inside = tuple(slice(max(b, 0), max(b, 0) + s, up) for s, up, (b, _) in zip(sizes, ups, pairs, strict=True))
     whole[(slice(None), *inside)] = x
     cut = tuple(slice(max(-b, 0), whole.shape[i + 1] - max(-a, 0)) for i, (b, a) in enumerate(pairs))
     return whole[(slice(None), *cut)]
-
-

@@ -11,7 +11,10 @@ from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
-PASSES = (simplify_views, fuse_attention, fuse_linear, fuse_conv, fuse_epilogue, fuse_sums, fold_constants, share, remove_dead)
+PASSES = (
+    *(simplify_views, fuse_attention, fuse_linear, fuse_conv, fuse_epilogue, fuse_sums),
+    *(fold_constants, share, remove_dead),
+)
 MAX_ROUNDS = 8
 
 

@@ -3,6 +3,8 @@ folded), and those that look at one pixel at a time are linear layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from torchvk.lowering.draft import Array, Call, Draft, Value, constant
@@ -91,4 +93,28 @@ def _scale(rewriter: Rewriter, call: Call) -> Value | None:
     return _again(rewriter, layer, permute, constant(scaled, weight.name), bias * channels, call)
 
 
-RULES: dict[str, Rule] = {"conv": _pointwise, "mul": _scale, "add": _shift}
+def _padded(rewriter: Rewriter, call: Call) -> Value | None:
+    """Zeros around x, as torch puts them there where "same" padding is not symmetric, are padding."""
+    x, *rest = call.inputs
+    permute = rewriter.producer(x, "permute")
+    pad = rewriter.producer(permute.inputs[0] if permute else x, "pad")
+    if pad is None or x is None or pad.inputs[0] is None or pad.attributes.value != 0:
+        return None
+    rank = len(x.shape)
+    dims = permute.attributes.dims if permute else range(rank)
+    pairs = [pad.attributes.padding[2 * dim : 2 * dim + 2] for dim in dims]
+    if any(pairs[0]) or any(pairs[-1]) or any(step != 1 for step in call.attributes.input_dilation):
+        return None
+    inner = pad.inputs[0]
+    if permute:
+        inner = rewriter.op("permute", inner, like=permute, attributes=permute.attributes)
+    sizes = [size for pair in pairs[1:-1] for size in pair]
+    padding = [own + more for own, more in zip(call.attributes.padding, sizes, strict=True)]
+    return rewriter.op("conv", inner, *rest, like=call, attributes=replace(call.attributes, padding=padding))
+
+
+def _conv(rewriter: Rewriter, call: Call) -> Value | None:
+    return _pointwise(rewriter, call) or _padded(rewriter, call)
+
+
+RULES: dict[str, Rule] = {"conv": _conv, "mul": _scale, "add": _shift}
