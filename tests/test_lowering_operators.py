@@ -371,6 +371,7 @@ def test_every_operator_can_be_reached() -> None:
         "full": lambda x: torch.cat([torch.full((2000,), 1.5), x[0]]),
     }
     layer = {"linear": torch.nn.Linear(5, 3)}
+    conv = {"conv": torch.nn.Conv1d(2, 3, 2)}
     attention = {"attention": lambda q: F.scaled_dot_product_attention(q, q + 1, q - 1)}
     # See test_lowering_quantized.py and test_quantizer_lowering.py.
     used = {"quantized_linear", "quantize", "dequantize"}
@@ -385,6 +386,7 @@ def test_every_operator_can_be_reached() -> None:
         (PRODUCTS, (cube, random(6, 4), random(4))),
         (fills, (x,)),
         (layer, (x,)),
+        (conv, (random(1, 2, 4),)),
     ):
         edge = to_edge(torch.export.export(Family(family), inputs), compile_config=config)
         lowered = inspect_edge(edge.to_backend(VulkanPartitioner()))

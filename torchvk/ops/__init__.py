@@ -2,6 +2,7 @@
 
 # Importing a family registers its operators.
 from torchvk.ops import attention as attention
+from torchvk.ops import conv as conv
 from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise
 from torchvk.ops import indexing as indexing

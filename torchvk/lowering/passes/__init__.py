@@ -3,6 +3,7 @@
 from torchvk.lowering.draft import Draft
 from torchvk.lowering.passes.attention import fuse_attention
 from torchvk.lowering.passes.clean import remove_dead, share
+from torchvk.lowering.passes.conv import fuse_conv
 from torchvk.lowering.passes.epilogue import fuse_epilogue
 from torchvk.lowering.passes.fold import fold_constants
 from torchvk.lowering.passes.linear import fuse_linear
@@ -13,7 +14,7 @@ from torchvk.lowering.passes.views import simplify_views
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
 # Quantized operators before constants are folded, which would make floats of quantized weights.
 PASSES = (
-    *(simplify_views, drop_pairs, requantize, fuse_attention, fuse_linear, fuse_epilogue, fuse_sums),
+    *(simplify_views, drop_pairs, requantize, fuse_attention, fuse_linear, fuse_conv, fuse_epilogue, fuse_sums),
     *(fold_constants, share, remove_dead),
 )
 MAX_ROUNDS = 8

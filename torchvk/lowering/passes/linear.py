@@ -9,7 +9,7 @@ from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 from torchvk.lowering.passes.views import is_dense, strided
 
 # operator → the slot of its bias
-BIAS = {"linear": 2, "quantized_linear": 3}
+BIAS = {"linear": 2, "quantized_linear": 3, "conv": 2}
 
 
 def fuse_linear(draft: Draft) -> Draft:

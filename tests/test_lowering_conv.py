@@ -1,0 +1,50 @@
+"""Convolutions from torch.export to the graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from edge import assert_same
+from torch import nn
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def test_batch_norm_goes_into_the_weights() -> None:
+    module = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding="same", dilation=2), batch_norm(4), nn.ReLU()),
+        *(nn.Conv2d(4, 8, 3, groups=4, bias=False), batch_norm(8)),
+        *(nn.Conv2d(8, 5, 1, bias=False), batch_norm(5)),
+        *(nn.ConvTranspose2d(5, 6, 3, stride=2, output_padding=1), batch_norm(6)),
+    )
+    lowered = assert_same(module, (torch.randn(2, 3, 8, 8),))
+    counts = lowered.operators()
+    assert counts["conv"] == 3
+    assert counts["linear"] == 1
+    assert not {"add", "mul", "rsqrt"} & set(counts)
+
+
+def test_batch_norm_alone() -> None:
+    assert assert_same(batch_norm(3), (torch.randn(2, 3, 4, 4),)).operators() == {"mul": 1, "add": 1}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(6, 4, 4, padding="same", groups=2), (2, 6, 9)),
+        (nn.ConvTranspose1d(6, 12, 3, stride=2, padding=4, groups=6), (6, 9)),
+        (nn.ConvTranspose2d(4, 6, (3, 2), stride=2, groups=2, dilation=2, bias=False), (1, 4, 3, 4)),
+        (nn.Conv3d(4, 6, (3, 2, 1), stride=2, padding=1), (2, 4, 5, 6, 7)),
+    ],
+)
+def test_ranks(module: nn.Module, shape: tuple[int, ...]) -> None:
+    counts = assert_same(module, (torch.randn(shape),)).operators()
+    assert counts["conv"] == 1
+    assert "pad" not in counts
