@@ -95,6 +95,9 @@ class Layout:
     pack: Callable[[Array], Array] = field(compare=False, repr=False)
 
 
+PART_ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
+
+
 @dataclass(frozen=True, slots=True)
 class Arg:
     """A storage buffer of a dispatch: binding i is the i-th Arg. Index counts the node's inputs, outputs, or the
@@ -105,7 +108,7 @@ class Arg:
     against 245 ns), because it checks a storage buffer's bounds lane by lane.
 
     ``part``: (first byte, bytes) of the buffer where the kernel sees, and touches, no more of it: dispatches that write
-    different parts of a buffer need no order. The first byte is a multiple of 256; not for constants.
+    different parts of a buffer need no order. The first byte is a multiple of PART_ALIGNMENT; not for constants.
     """
 
     role: Literal["input", "output", "scratch"]

@@ -15,8 +15,9 @@ from torchvk.errors import TorchVkError, UnsupportedError
 from torchvk.graph import DType, Graph
 from torchvk.ops import Arg, Capabilities, Dispatch, Layout, choose_kernels, get
 from torchvk.ops.fusion import fuse
+from torchvk.ops.operator import PART_ALIGNMENT
 
-ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
+ALIGNMENT = PART_ALIGNMENT
 PADDING = 16  # kernels may read whole uint4 words
 MAX_PUSH = 128  # what Vulkan promises
 TEXEL = 16  # bytes of a uint4
