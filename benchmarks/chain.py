@@ -184,6 +184,7 @@ def _plan(
                         draft.constants.append(constant)
                         wanted.append((constant, arg.index, arg.layout, number % sets))
                     buffers.append(known[key])
+                buffers[-1] = draft.bind(arg, buffers[-1])
             draft.steps.append(
                 Step(
                     0,
@@ -193,7 +194,7 @@ def _plan(
                     tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write),
                 )
             )
-    plan = _lay_out(draft, _schedule(draft.steps), tuple(ends), ())
+    plan = _lay_out(draft, _schedule(draft.steps, draft.storages), tuple(ends), ())
     # The two ends are buffers like inputs, of no tensor.
     return replace(plan, inputs=()), wanted
 
@@ -231,7 +232,7 @@ def _fill(execution: Execution, plan: Plan, x: TensorType | None) -> None:
     assert x is not None
     rng = np.random.default_rng(1)
     for storage in plan.storages:
-        if storage.kind != "input":
+        if storage.kind != "input" or storage.whole is not None:
             continue
         raw = execution.buffer_bytes(storage)
         values = rng.standard_normal(raw.size // x.dtype.numpy.itemsize, np.float32).astype(x.dtype.numpy)

@@ -14,7 +14,8 @@ from torchvk.graph.build import GraphBuilder
 from torchvk.runtime import Session, validation_messages
 from torchvk.runtime.device import max_tier as tier_cap
 from torchvk.runtime.device import open_device
-from torchvk.runtime.plan import hazards, make_plan
+from torchvk.runtime.hazards import hazards
+from torchvk.runtime.plan import make_plan
 
 Array = np.ndarray[Any, Any]
 

@@ -13,7 +13,8 @@ from variants import DEVICES
 from torchvk.graph import DType, Graph, TensorType
 from torchvk.graph.build import GraphBuilder
 from torchvk.runtime import plan as plans
-from torchvk.runtime.plan import hazards, make_plan
+from torchvk.runtime.hazards import hazards
+from torchvk.runtime.plan import make_plan
 
 GPU = DEVICES["gpu_1"]
 

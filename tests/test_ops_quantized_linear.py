@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import check_plan, every_variant, run_graph, run_op
+from harness import check_plan, every_variant, one_node_graph, run_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import DTYPES, OPERATOR, attributes, capabilities
+from variants import chosen_for
 
 from torchvk.graph import DType, TensorType
 from torchvk.graph.build import GraphBuilder
 from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.quantization import quantize
+from torchvk.runtime.device import max_tier, open_device
 from torchvk.runtime.plan import make_plan
 
 Array = np.ndarray[Any, Any]
@@ -116,6 +119,26 @@ def test_every_kernel_gives_the_product(case: Any, activation: str, device_kind:
         bias = [None, np.float32, dtype][rng.integers(3)]
         inputs = operands(rng, shape, n, group, bits, dtype, bias)
         check(attributes(group, activation, dtype), inputs, bits)
+
+
+@pytest.mark.parametrize(
+    ("activation", "bits", "dtype"), [("none", 4, np.float32), ("dynamic_per_token", 8, np.float16)]
+)
+def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.random.Generator) -> None:
+    """They are multiplied by another kernel beside the tiles; each sees its own rows of the buffers."""
+    inputs = [*operands(rng, (131, 96), 34, 96, bits, dtype, dtype), rng.standard_normal((131, 34)).astype(dtype)]
+    chosen = attributes(96, activation, dtype, epilogue="relu")
+    with chosen_for("quantized_linear", kind="discrete"):
+        graph, _ = one_node_graph("quantized_linear", chosen, inputs, int4={1} if bits == 4 else ())
+        types = [graph.tensors[index].type for index in graph.nodes[0].inputs if index is not None]
+        capabilities = open_device().physical.capabilities(max_tier(None))
+        offered = OPERATOR.variants(
+            chosen, types, OPERATOR.infer(chosen, types), replace(capabilities, kind="discrete")
+        )
+        in_parts = [name for name, kernels in offered if any(arg.part for arg in kernels.dispatches[-1].buffers)]
+        assert in_parts
+        for name in in_parts[:2]:
+            check(chosen, inputs, bits, variant=name)
 
 
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])

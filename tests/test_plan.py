@@ -18,7 +18,8 @@ from torchvk.graph.build import GraphBuilder
 from torchvk.ops import Capabilities, Dispatch, Kernels, Layout, Operator
 from torchvk.ops import operator as registry
 from torchvk.ops.operator import Arg, read, scratch_read, scratch_write, write
-from torchvk.runtime.plan import ALIGNMENT, Plan, Step, hazards, make_plan, place
+from torchvk.runtime.hazards import hazards
+from torchvk.runtime.plan import ALIGNMENT, Plan, Step, make_plan, place
 
 DEVICE = Capabilities(
     tier=1,
@@ -42,6 +43,7 @@ class Work:
     groups: list[int] = field(default_factory=lambda: [1, 1, 1])
     push: int = 0
     layout: str = ""
+    parts: bool = False  # two more kernels: each writes a part of the output, from the same part of the first input
 
 
 def kernels(work: Work, inputs: Any, outputs: Any, capabilities: Capabilities) -> Kernels:
@@ -56,6 +58,11 @@ def kernels(work: Work, inputs: Any, outputs: Any, capabilities: Capabilities) -
         result = write(0) if step == 0 else Arg("output", 0, write=True, read=True)
         groups = (work.groups[0], work.groups[1], work.groups[2])
         dispatches.append(Dispatch(f"work{work.salt}", (*reads, result), groups, (step,), bytes(work.push)))
+    for part in PARTS if work.parts else ():
+        result = Arg("output", 0, write=True, read=False, part=part)
+        dispatches.append(
+            Dispatch(f"part{work.salt}", (replace(read(0), part=part), *reads[1:], result), (1, 1, 1), part)
+        )
     return Kernels(tuple(dispatches), tuple(work.scratch))
 
 
@@ -78,6 +85,7 @@ def _test_operators() -> Any:
 
 
 FLOATS = TensorType(DType.FLOAT32, (100,))
+PARTS = ((0, 256), (256, 144))
 
 
 def digest(*parts: bytes, size: int) -> bytes:
@@ -104,6 +112,9 @@ def expected(graph: Graph, inputs: list[bytes]) -> list[bytes]:
             read_back = [result] if step else []
             parts = [f"work{work.salt}({step},)".encode(), *packed, *scratch, *read_back]
             result = digest(*parts, size=graph.tensors[node.outputs[0]].type.nbytes)
+        if work.parts:
+            pieces = [(f"part{work.salt}{part}".encode(), arguments[0][part[0] :][: part[1]], part) for part in PARTS]
+            result = b"".join(digest(name, x, *packed[1:], *scratch, size=part[1]) for name, x, part in pieces)
         values[node.outputs[0]] = result
     return [value(index) for index in graph.outputs]
 
@@ -145,6 +156,7 @@ def real_sizes(graph: Graph, plan: Plan) -> dict[int, int]:
     """Bytes without padding: of graph tensors and scratch. In the tests all tensors have one size."""
     sizes = {index: FLOATS.nbytes for step in plan.steps for index in step.buffers}
     sizes |= dict.fromkeys((*plan.inputs, *plan.outputs), FLOATS.nbytes)
+    sizes |= {i: storage.nbytes for i, storage in enumerate(plan.storages) if storage.whole is not None}
     for step in plan.steps:
         if step.dispatch is not None and step.dispatch.kernel.startswith("prepare"):
             sizes[step.writes[0]] = int(step.dispatch.constants[0])
@@ -157,15 +169,19 @@ def graphs(draw: st.DrawFn) -> Graph:
     tensors = [builder.input(f"x{i}", FLOATS) for i in range(draw(st.integers(1, 3)))]
     tensors += [builder.constant(f"c{i}", np.full(100, i, np.float32)) for i in range(draw(st.integers(0, 2)))]
     constants = {i for i in tensors if builder.tensors[i].data is not None}
+    fixed = set(constants)  # and views of them
     for _ in range(draw(st.integers(0, 14))):
         taken = draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=3))
         if draw(st.integers(0, 4)) == 0:
             tensors += builder.node("test_view", taken[:1], [FLOATS])
+            fixed |= {tensors[-1]} if taken[0] in fixed else set()
             continue
+        parts = taken[0] not in fixed and draw(st.booleans())
         work = Work(
             scratch=draw(st.lists(st.sampled_from([4, 400, 1000]), max_size=2)),
             salt=draw(st.integers(0, 1)),
-            steps=draw(st.integers(1, 2)),
+            steps=draw(st.integers(0 if parts else 1, 2)),
+            parts=parts,
             layout="packed" if len(taken) > 1 and taken[1] in constants and draw(st.booleans()) else "",
         )
         tensors += builder.node("test_work", taken, [FLOATS], work)
@@ -188,6 +204,22 @@ def test_plans_compute_the_graph(graph: Graph, stage_inputs: bool, stage_outputs
     if stage_outputs:
         touched = {b for step in plan.steps if step.dispatch for b in step.buffers}
         assert touched.isdisjoint(plan.outputs)
+
+
+def test_parts_of_one_buffer_are_written_together() -> None:
+    builder = GraphBuilder()
+    x = builder.input("x", FLOATS)
+    (y,) = builder.node("test_work", [x], [FLOATS], Work(steps=0, parts=True))
+    (z,) = builder.node("test_work", [y], [FLOATS], Work())
+    plan = make_plan(builder.build([z]), DEVICE)
+    assert [len(stage) for stage in plan.stages] == [2, 1]
+    assert hazards(plan) == []
+    storages = list(plan.storages)
+    second = plan.stages[0][1].writes[0]
+    storages[second] = replace(storages[second], offset=storages[second].offset - 16)
+    found = hazards(replace(plan, storages=tuple(storages)))
+    assert any("touch the same bytes" in text for text in found)
+    assert any("not (or no longer) there" in text for text in found)
 
 
 @given(graphs(), st.data())

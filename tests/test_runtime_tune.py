@@ -16,8 +16,8 @@ from torchvk.graph import DType, Graph, TensorType
 from torchvk.runtime import Session, Tuning, tune
 from torchvk.runtime.choices import LARGEST_FILE, Choice, choices_path, read_choices, write_choices
 from torchvk.runtime.device import Device
+from torchvk.runtime.hazards import hazards
 from torchvk.runtime.pipeline import cache_path
-from torchvk.runtime.plan import hazards
 from torchvk.runtime.tune import Bench, best, cases, chain_of
 
 SIZE = 4096

@@ -75,14 +75,6 @@ def plausible(
     return tuple(block for block, area in zip(fitting, areas, strict=True) if area <= 2 * min(areas))
 
 
-def pick_rest(blocks: Sequence[Block], capabilities: Capabilities, tile_m: int, m: int) -> Block | None:
-    """The tile for the last few of many rows, where they would cost a whole row of large tiles; else None."""
-    if m < 4 * tile_m or not 0 < m % tile_m <= tile_m // 4:
-        return None
-    block = min((block for block in blocks if block.fits(capabilities)), key=lambda block: block.m)
-    return block if block.m < tile_m else None
-
-
 def pick_splits(block: Block, capabilities: Capabilities, m: int, n: int, k: int, batches: int = 1) -> int:
     """How many workgroups share the k of a tile: more than one where tiles are few and k is long, so that the second
     dispatch, which adds their parts, is worth it."""

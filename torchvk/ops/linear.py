@@ -32,6 +32,7 @@ from torchvk.ops.operator import (
     write,
 )
 from torchvk.ops.rounding import round_to_half
+from torchvk.ops.rows import stacked, whole_rows
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 MAX_BATCH_RANK = 6
@@ -220,20 +221,13 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
     # With odd N neighbouring rows share a word of halves: float32 first, then one pass that rounds.
     detour = half and product.n % 2 == 1
     out: Arg = scratch_write(0) if detour or choice.splits > 1 else write(0)
-    rest = None
-    if choice.block and choice.splits == 1:
-        rest = blocked.pick_rest(BLOCKS[product.dtype], capabilities, choice.tile_m, product.m)
-    if rest is None:
-        parts: tuple[Dispatch, ...] = (_dispatch(product, slots, choice, product.m, 0, out, capabilities),)
-    else:
-        last = product.m % choice.tile_m
-        small = _block_choice(rest, "f16" if half else "f32")
-        parts = (
-            _dispatch(product, slots, choice, product.m - last, 0, out, capabilities),
-            _dispatch(product, slots, small, last, choice.tile_m, out, capabilities),
-        )
+    if not (product.batch or product.transpose_a or detour) and choice.splits == 1:
+        whole = whole_rows(product.m, choice.tile_m) if choice.matrix or choice.block else product.m
+        if whole != product.m and (kernels := _with_rest(product, slots, capabilities, choice, whole)):
+            return kernels
+    main = _dispatch(product, slots, choice, out, capabilities)
     if choice.splits > 1:
-        bias, residual = parts[0].buffers[2], parts[0].buffers[4]
+        bias, residual = main.buffers[2], main.buffers[4]
         total, size = blocked.split_sum(
             product.batches * product.m,
             product.n,
@@ -245,18 +239,31 @@ def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice:
             0,
             capabilities,
         )
-        return Kernels((*parts, total), (size,))
+        return Kernels((main, total), (size,))
     if not detour:
-        return Kernels(parts)
-    return Kernels((*parts, round_to_half(count, 0, capabilities)), (4 * count,))
+        return Kernels((main,))
+    return Kernels((main, round_to_half(count, 0, capabilities)), (4 * count,))
 
 
-def _dispatch(
-    product: Product, slots: Slots, choice: Choice, rows: int, rest: int, out: Arg, capabilities: Capabilities
-) -> Dispatch:
-    """The first ``rows`` rows of a product; or, if ``rest`` is not 0, those after the last multiple of it."""
+def _with_rest(
+    product: Product, slots: Slots, capabilities: Capabilities, choice: Choice, whole: int
+) -> Kernels | None:
+    """The first ``whole`` rows by the chosen kernel, and beside it the others by what is chosen for so few."""
+    parts = (
+        (whole, _kernels(replace(product, m=whole), slots, capabilities, choice)),
+        (product.m - whole, _kernels(replace(product, m=product.m - whole), slots, capabilities)),
+    )
+    size = product.dtype.bits // 8
+    row_bytes = {("input", slots.a): product.k * size, ("output", 0): product.n * size}
+    if slots.residual is not None:
+        row_bytes["input", slots.residual] = product.n * size
+    return stacked(Kernels(()), parts, row_bytes)
+
+
+def _dispatch(product: Product, slots: Slots, choice: Choice, out: Arg, capabilities: Capabilities) -> Dispatch:
+    """The product itself."""
     tiles_n = -(-product.n // choice.tile_n)
-    tiles = -(-rows // choice.tile_m) * tiles_n
+    tiles = -(-product.m // choice.tile_m) * tiles_n
     half = product.dtype is DType.FLOAT16
     # The whole push block is one layout; dimensions that are not there are 0.
     sizes = (product.m, product.n, product.k, product.batches, tiles_n, tiles)
@@ -274,10 +281,9 @@ def _dispatch(
         half and out.role == "output",
         len(product.batch),
         *slots.ending,
-        *((product.k, half) if choice.matrix else (tail, choice.splits, rest)),
+        *((product.k, half) if choice.matrix else (tail, choice.splits)),
     )
-    count = product.batches * rows * product.n
-    rows_a = product.elements_a * rows // product.m
+    count = product.batches * product.m * product.n
     return Dispatch(
         kernel=choice.kernel,
         # Every binding needs a buffer: B stands in for what is not there, and is not read.
@@ -294,7 +300,7 @@ def _dispatch(
         ),
         constants=constants,
         push=push,
-        bytes=(rows_a + product.elements_b + count) * product.dtype.bits // 8,
+        bytes=(product.elements_a + product.elements_b + count) * product.dtype.bits // 8,
         flops=2 * count * product.k,
     )
 

@@ -95,6 +95,9 @@ class Layout:
     pack: Callable[[Array], Array] = field(compare=False, repr=False)
 
 
+PART_ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
+
+
 @dataclass(frozen=True, slots=True)
 class Arg:
     """A storage buffer of a dispatch: binding i is the i-th Arg. Index counts the node's inputs, outputs, or the
@@ -103,6 +106,9 @@ class Arg:
     ``texels``: read only, and the shader declares ``Buffer<uint4>``: the same bytes, bound as a uniform texel
     buffer. lavapipe loads from those about ten times faster (measured on Mesa 22.3: 8 lanes × uint4 in 22 ns
     against 245 ns), because it checks a storage buffer's bounds lane by lane.
+
+    ``part``: (first byte, bytes) of the buffer where the kernel sees, and touches, no more of it: dispatches that write
+    different parts of a buffer need no order. The first byte is a multiple of PART_ALIGNMENT; not for constants.
     """
 
     role: Literal["input", "output", "scratch"]
@@ -111,6 +117,7 @@ class Arg:
     read: bool = True
     layout: Layout | None = None
     texels: bool = False
+    part: tuple[int, int] | None = None
 
 
 def read(index: int, layout: Layout | None = None, texels: bool = False) -> Arg:

@@ -52,6 +52,7 @@ from torchvk.ops.quantized_linear_gemv import Case, few_rows
 from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
 from torchvk.ops.quantized_linear_matrix import weight_sums
 from torchvk.ops.rounding import round_to_half
+from torchvk.ops.rows import stacked, whole_rows
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
 UNIT = 32  # columns of a unit: one uint4 of int4 weights
@@ -366,8 +367,50 @@ def _variants(
     others = list(plain[:1] if choices or few else plain)
     # CPUs multiply integer matrices in vectors like anything else.
     choices = [*others, *choices] if scheme is not None and capabilities.kind == "cpu" else [*choices, *others]
-    rest = ((name, _chosen(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)
+    rest = ((name, _with_rest(attributes, inputs, packing, m, choice, capabilities)) for name, choice in choices)
     return (*few, *rest)
+
+
+def _with_rest(
+    attributes: QuantizedLinearAttributes,
+    inputs: Types,
+    packing: Packing,
+    m: int,
+    choice: Choice,
+    capabilities: Capabilities,
+) -> Kernels:
+    """The chosen kernel, and for rows that do not fill its tiles another beside it."""
+    everything = _chosen(attributes, inputs, packing, m, choice, capabilities)
+    whole = m if choice.texels else whole_rows(m, choice.tile_m)
+    x, _, _, _, residual = _operands(inputs)
+    if whole == m or any(arg.role == "scratch" for arg in everything.dispatches[-1].buffers if arg.write):
+        return everything
+
+    def some(rows: int) -> Types:
+        """The operands with so many rows of x."""
+        of_rows = [TensorType(x.dtype, (rows, packing.k)), *inputs[1:]]
+        if residual is not None:
+            of_rows[RESIDUAL] = TensorType(x.dtype, (rows, packing.n))
+        return of_rows
+
+    # Activations are quantized for all; a kernel that reads something else is no part of this.
+    before = Kernels(everything.dispatches[:-1], everything.scratch)
+    row_bytes = {("input", X): x.nbytes // m}
+    row_bytes |= dict.fromkeys((("input", RESIDUAL), ("output", 0)), packing.n * x.dtype.bits // 8)
+    row_bytes |= {("scratch", i): size // m for i, size in enumerate(everything.scratch[:2])}
+    tiles = _chosen(attributes, some(whole), packing, whole, choice, capabilities).dispatches[-1]
+    outputs = _infer(attributes, some(m - whole))
+    for _, kernels in _variants(attributes, some(m - whole), outputs, capabilities):
+        few = kernels.dispatches[-1]
+        if _sources(few) == _sources(tiles):
+            parts = ((whole, Kernels((tiles,))), (m - whole, Kernels((few,))))
+            return stacked(before, parts, row_bytes) or everything
+    return everything
+
+
+def _sources(dispatch: Dispatch) -> set[tuple[str, int]]:
+    """What a product reads but constants and the residual."""
+    return {(arg.role, arg.index) for arg in dispatch.buffers if arg.read and (arg.role == "scratch" or arg.index == X)}
 
 
 def matrix_choice(tile: Tile) -> Choice:

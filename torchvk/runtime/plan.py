@@ -13,10 +13,11 @@ from typing import Literal
 
 from torchvk.errors import TorchVkError, UnsupportedError
 from torchvk.graph import DType, Graph
-from torchvk.ops import Capabilities, Dispatch, Layout, choose_kernels, get
+from torchvk.ops import Arg, Capabilities, Dispatch, Layout, choose_kernels, get
 from torchvk.ops.fusion import fuse
+from torchvk.ops.operator import PART_ALIGNMENT
 
-ALIGNMENT = 256  # the largest minStorageBufferOffsetAlignment that Vulkan allows
+ALIGNMENT = PART_ALIGNMENT
 PADDING = 16  # kernels may read whole uint4 words
 MAX_PUSH = 128  # what Vulkan promises
 TEXEL = 16  # bytes of a uint4
@@ -30,11 +31,13 @@ class Storage:
     """Bytes that kernels see. ``nbytes`` is padded to PADDING (0 stays 0).
 
     ``offset`` counts from the start of the kind's buffer; for a constant it is its position in Plan.constants.
+    ``whole``: of a part, the storage that it is a part of (until memory is laid out, ``offset`` counts from there).
     """
 
     kind: Kind
     nbytes: int
     offset: int = 0
+    whole: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class _Draft:
     tensors: dict[int, int] = field(default_factory=dict)
     # What a dispatch that writes only scratch computes → the scratch storages that hold it.
     computed: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[tuple[int, tuple[int, int]], int] = field(default_factory=dict)
 
     def storage(self, kind: Kind, nbytes: int, offset: int = 0) -> int:
         self.storages.append(Storage(kind, -(-nbytes // PADDING) * PADDING, offset))
@@ -117,6 +121,19 @@ class _Draft:
         if tensor in self.tensors:
             return self.tensors[tensor]
         return self.constant(tensor, layout)
+
+    def bind(self, arg: Arg, storage: int) -> int:
+        """The storage, or the part of it, that ``arg`` binds."""
+        if arg.part is None:
+            return storage
+        key = (storage, arg.part)
+        if key not in self.parts:
+            (first, nbytes), whole = arg.part, self.storages[storage]
+            if whole.kind == "constant" or first % ALIGNMENT or not 0 <= first < first + nbytes <= whole.nbytes:
+                raise TorchVkError(f"a kernel binds {nbytes:,} bytes from {first:,} on of {whole}")
+            self.parts[key] = self.storage(whole.kind, nbytes, first)
+            self.storages[-1] = replace(self.storages[-1], whole=storage)
+        return self.parts[key]
 
     def copy(self, source: int, target: int) -> None:
         self.steps.append(Step(None, None, (source, target), (source,), (target,)))
@@ -141,9 +158,9 @@ def make_plan(
     for position in range(len(graph.nodes)):
         _add_node(draft, position)
     outputs = _add_outputs(draft, stage_outputs)
-    steps = _fused(_live(draft.steps, draft.storages))
+    steps = _fused(_live(draft.steps, draft.storages), draft.storages)
     _check_written(draft, steps)
-    stages = _schedule(steps)
+    stages = _schedule(steps, draft.storages)
     return _lay_out(draft, stages, inputs, outputs)
 
 
@@ -209,6 +226,7 @@ def _add_dispatch(draft: _Draft, position: int, dispatch: Dispatch, scratch: lis
             if tensor is None:
                 raise TorchVkError(f"node {position} ({node.op!r}) binds its absent input {arg.index}")
             buffers.append(draft.of(tensor, arg.layout))
+        buffers[-1] = draft.bind(arg, buffers[-1])
     for arg, b in zip(dispatch.buffers, buffers, strict=True):
         if arg.texels and draft.storages[b].nbytes // TEXEL > draft.capabilities.max_texels:
             raise UnsupportedError(
@@ -219,7 +237,7 @@ def _add_dispatch(draft: _Draft, position: int, dispatch: Dispatch, scratch: lis
     if all(
         arg.role == "input" or (arg.role == "scratch" and writers[arg.index] == 1 and arg.read != arg.write)
         for arg in dispatch.buffers
-    ):
+    ) and not any(arg.part for _, arg in written):
         key = (
             dispatch.kernel,
             # 1 == 1.0 in Python, but they specialize differently.
@@ -289,17 +307,43 @@ def _check_dispatch(dispatch: Dispatch, capabilities: Capabilities, where: str) 
 
 def _live(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:
     """The steps that an output depends on."""
+    meeting = _meeting(storages)
     needed = {index for index, storage in enumerate(storages) if storage.kind == "output"}
     kept = []
     for step in reversed(steps):
-        if not needed.isdisjoint(step.writes):
+        if any(not needed.isdisjoint(meeting[b]) for b in step.writes):
             needed.update(step.reads)
             kept.append(step)
     return kept[::-1]
 
 
-def _fused(steps: Sequence[Step]) -> list[Step]:
+def _meeting(storages: Sequence[Storage]) -> list[tuple[int, ...]]:
+    """By storage, those that share bytes with it: itself and, where there are parts, its whole and other parts."""
+    families: dict[int, list[int]] = {}
+    for index, storage in enumerate(storages):
+        if storage.whole is not None:
+            families.setdefault(storage.whole, [storage.whole]).append(index)
+    meeting: list[tuple[int, ...]] = [(index,) for index in range(len(storages))]
+    for family in families.values():
+        for index in family:
+            begin, end = _bytes_of_whole(storages, index)
+            others = [(other, *_bytes_of_whole(storages, other)) for other in family]
+            meeting[index] = tuple(
+                other for other, first, last in others if index == other or (first < end and begin < last)
+            )
+    return meeting
+
+
+def _bytes_of_whole(storages: Sequence[Storage], index: int) -> tuple[int, int]:
+    """Where a storage lies in that of which it is a part."""
+    storage = storages[index]
+    begin = 0 if storage.whole is None else storage.offset
+    return begin, begin + storage.nbytes
+
+
+def _fused(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:
     """The same with fewer dispatches: where torchvk.ops.fusion makes two one, the second joins the first."""
+    meeting = _meeting(storages)
     kept: list[Step] = []
     writer: dict[int, int] = {}  # storage → position of the step that wrote it last
     touched: set[int] = set()
@@ -319,39 +363,58 @@ def _fused(steps: Sequence[Step]) -> list[Step]:
         else:
             kept.append(step)
             position = len(kept) - 1
+        writer.update({other: -1 for b in step.writes for other in meeting[b]})
         writer.update(dict.fromkeys(step.writes, position))
-        touched.update(step.buffers)
+        touched.update(other for b in step.buffers for other in meeting[b])
     return kept
 
 
 def _check_written(draft: _Draft, steps: Sequence[Step]) -> None:
     """Every output that has bytes is written, and nothing is read that was not."""
-    written = {i for i, storage in enumerate(draft.storages) if storage.kind in ("input", "constant")}
-    written |= {i for i, storage in enumerate(draft.storages) if storage.nbytes == 0}
+    storages = draft.storages
+    written: dict[int, list[tuple[int, int]]] = {}  # by whole storages
+
+    def is_written(index: int) -> bool:
+        storage = storages[index]
+        if storage.kind in ("input", "constant") or storage.nbytes == 0:
+            return True
+        begin, end = _bytes_of_whole(storages, index)
+        return covered(begin, end, written.get(index if storage.whole is None else storage.whole, ()))
+
     for step in steps:
-        unwritten = set(step.reads) - written
-        if unwritten:
+        if not all(map(is_written, step.reads)):
             name = "a copy" if step.node is None else f"node {step.node} ({draft.graph.nodes[step.node].op!r})"
             raise TorchVkError(f"{name} reads memory that nothing wrote")
-        written.update(step.writes)
+        for b in step.writes:
+            whole = storages[b].whole
+            written.setdefault(b if whole is None else whole, []).append(_bytes_of_whole(storages, b))
     for tensor in draft.graph.outputs:
-        index = draft.of(tensor)
-        if index not in written:
+        if not is_written(draft.of(tensor)):
             raise TorchVkError(f"output {draft.graph.tensors[tensor].name!r} is never written")
 
 
-def _schedule(steps: Sequence[Step]) -> list[list[Step]]:
+def covered(begin: int, end: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    """Whether the ranges, together, cover the bytes from ``begin`` to ``end``."""
+    for first, last in sorted(ranges):
+        if first > begin:
+            break
+        begin = max(begin, last)
+    return begin >= end
+
+
+def _schedule(steps: Sequence[Step], storages: Sequence[Storage]) -> list[list[Step]]:
     """Stages: every step as early as its dependencies allow, so that there are as few barriers as can be.
 
     A step that depends on no other runs just before it is needed instead, which keeps memory short-lived.
     """
+    meeting = _meeting(storages)
     level: list[int] = []
     last_write: dict[int, int] = {}
     last_read: dict[int, int] = {}
     waiting: dict[int, list[int]] = {}  # storage → first-stage steps that touch it
     for position, step in enumerate(steps):
-        after = [last_write.get(b, -1) for b in (*step.reads, *step.writes)]
-        after += [last_read.get(b, -1) for b in step.writes]
+        after = [last_write.get(other, -1) for b in (*step.reads, *step.writes) for other in meeting[b]]
+        after += [last_read.get(other, -1) for b in step.writes for other in meeting[b]]
         level.append(1 + max(after, default=-1))
         for b in step.reads:
             last_read[b] = max(last_read.get(b, -1), level[-1])
@@ -363,8 +426,14 @@ def _schedule(steps: Sequence[Step]) -> list[list[Step]]:
     first_use: dict[int, int] = {}
     for position, step in enumerate(steps):
         if level[position] > 0:
-            conflicts = {p for b in step.writes for p in waiting.get(b, ())}
-            conflicts |= {p for b in step.reads for p in waiting.get(b, ()) if b in steps[p].writes}
+            conflicts = {p for b in step.writes for other in meeting[b] for p in waiting.get(other, ())}
+            conflicts |= {
+                p
+                for b in step.reads
+                for other in meeting[b]
+                for p in waiting.get(other, ())
+                if other in steps[p].writes
+            }
             for p in conflicts:
                 first_use[p] = min(first_use.get(p, level[position]), level[position])
     for position, use in first_use.items():
@@ -391,12 +460,18 @@ def _lay_out(
     for number, stage in enumerate(stages):
         for step in stage:
             for b in step.buffers:
+                whole = storages[b].whole
+                b = b if whole is None else whole
                 if storages[b].kind == "arena":
                     begin.setdefault(b, number)
                     end[b] = number
     offsets, arena = place({b: (storages[b].nbytes, begin[b], end[b]) for b in begin})
     for index, offset in offsets.items():
         storages[index] = replace(storages[index], offset=offset)
+    for index, storage in enumerate(storages):
+        if storage.whole is not None:
+            whole_of = storages[storage.whole]
+            storages[index] = replace(storage, kind=whole_of.kind, offset=whole_of.offset + storage.offset)
     return Plan(
         tuple(storages),
         tuple(map(tuple, stages)),
@@ -436,51 +511,3 @@ def place(wanted: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]
         placed.append((offsets[index], offsets[index] + size, first, last))
         placed.sort()
     return offsets, max((end for _, end, _, _ in placed), default=0)
-
-
-def hazards(plan: Plan) -> list[str]:
-    """What is wrong with a plan's order and memory, in words; empty for a sound plan.
-
-    Two accesses to the same bytes, one of them a write, must not stand in one stage; and what a step reads must
-    be what was last written there, by a step that wrote the same storage.
-    """
-    found = []
-    holder: dict[Kind, list[tuple[int, int, int]]] = {"arena": [], "output": []}  # (begin, end, storage) now valid
-    for number, stage in enumerate(plan.stages):
-        accesses: list[tuple[int, Storage, int, bool]] = []
-        for position, step in enumerate(stage):
-            for b in step.reads:
-                storage = plan.storages[b]
-                accesses.append((position, storage, b, False))
-                if storage.nbytes and storage.kind in holder and b not in {h[2] for h in holder[storage.kind]}:
-                    found.append(
-                        f"stage {number}: step {position} reads storage {b}, which is not (or no longer) there"
-                    )
-            accesses += [(position, plan.storages[b], b, True) for b in step.writes]
-        found += [f"stage {number}: {text}" for text in _conflicts(accesses)]
-        for step in stage:
-            for b in step.writes:
-                storage = plan.storages[b]
-                if storage.kind not in holder:
-                    found.append(f"stage {number}: writes a storage of kind {storage.kind}")
-                    continue
-                begin, end = storage.offset, storage.offset + storage.nbytes
-                kept = [h for h in holder[storage.kind] if h[1] <= begin or h[0] >= end]
-                holder[storage.kind] = [*kept, (begin, end, b)]
-    return found
-
-
-def _conflicts(accesses: Iterable[tuple[int, Storage, int, bool]]) -> list[str]:
-    """Accesses (step, storage, its position, writes) to the same bytes that may meet, one of them a write.
-
-    One dispatch may read and write the same storage (it accumulates), but not two that overlap.
-    """
-    found = []
-    items = sorted(accesses, key=lambda item: (item[1].kind, item[1].offset))
-    for i, (step, storage, b, writes) in enumerate(items):
-        for other_step, other, other_b, other_writes in items[i + 1 :]:
-            if other.kind != storage.kind or other.offset >= storage.offset + storage.nbytes:
-                break
-            if (step != other_step or b != other_b) and (writes or other_writes):
-                found.append(f"steps {step} and {other_step} touch the same bytes of the {storage.kind} buffer")
-    return found

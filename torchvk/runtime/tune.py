@@ -373,11 +373,14 @@ def chain_of(
         scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]
         for dispatch in kernels.dispatches:
             buffers = tuple(
-                scratch[arg.index]
-                if arg.role == "scratch"
-                else outputs[arg.index]
-                if arg.role == "output"
-                else input_storage(arg, number)
+                draft.bind(
+                    arg,
+                    scratch[arg.index]
+                    if arg.role == "scratch"
+                    else outputs[arg.index]
+                    if arg.role == "output"
+                    else input_storage(arg, number),
+                )
                 for arg in dispatch.buffers
             )
             reads = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read)
@@ -385,4 +388,4 @@ def chain_of(
             # As if the layer read what the last one wrote; really it reads the same again.
             waits = (outputs[0],) if number else ()
             draft.steps.append(Step(case.node, dispatch, buffers, (*reads, *waits), writes))
-    return Chain(_lay_out(draft, _schedule(draft.steps), (), ()), layers, sources)
+    return Chain(_lay_out(draft, _schedule(draft.steps, draft.storages), (), ()), layers, sources)
