@@ -57,7 +57,7 @@ def test_version(cli: Any) -> None:
 
 def test_help_lists_the_commands(cli: Any) -> None:
     text = cli("--help").out
-    assert all(command in text for command in ("devices", "inspect", "run", "profile", "tune"))
+    assert all(command in text for command in ("devices", "inspect", "run", "profile", "compare", "tune"))
 
 
 @pytest.mark.tier

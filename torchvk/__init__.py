@@ -13,6 +13,7 @@ from torchvk.errors import TorchVkError
 if TYPE_CHECKING:
     from torchvk.partitioner.vulkan_partitioner import VulkanPartitioner
     from torchvk.program import Program, load
+    from torchvk.program.compare import compare
     from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
     from torchvk.runtime import list_devices as devices
 
@@ -24,6 +25,7 @@ __all__ = [
     "VulkanPartitioner",
     "VulkanQuantizer",
     "__version__",
+    "compare",
     "devices",
     "get_symmetric_quantization_config",
     "load",
@@ -34,6 +36,7 @@ _LAZY = {
     "Program": ("torchvk.program", "Program"),
     "VulkanPartitioner": ("torchvk.partitioner.vulkan_partitioner", "VulkanPartitioner"),
     "VulkanQuantizer": ("torchvk.quantizer.vulkan_quantizer", "VulkanQuantizer"),
+    "compare": ("torchvk.program.compare", "compare"),
     "devices": ("torchvk.runtime", "list_devices"),
     "get_symmetric_quantization_config": ("torchvk.quantizer.vulkan_quantizer", "get_symmetric_quantization_config"),
     "load": ("torchvk.program", "load"),

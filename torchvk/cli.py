@@ -1,4 +1,4 @@
-"""The command line: ``torchvk devices | inspect | run | profile | tune``."""
+"""The command line: ``torchvk devices | inspect | run | profile | compare | tune``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zipfile import BadZipFile
 
 import typer
 from rich.console import Console
@@ -217,6 +218,44 @@ def profile(
 
 
 @app.command()
+def compare(
+    reference: Annotated[Path, typer.Argument(metavar="FLOAT.PTE", help="The program in floating point.")],
+    quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED.PTE", help="The same model, quantized.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--inputs",
+            "--input",
+            "-i",
+            help="A .npy file for each input; or .npz files, each with all inputs of a call, for several calls.",
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a bar chart to this file.")] = None,
+    device: DeviceOption = None,
+    method: MethodOption = "forward",
+    matmul_precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where a quantized program loses accuracy: the noise of each layer, the worst first."""
+    from torchvk.program.compare import COLUMNS, cells_of
+    from torchvk.program.compare import compare as compare_programs
+
+    with Console(stderr=True).status(f"Comparing {quantized} with {reference}"):
+        calls = _read_calls(inputs or [])
+        result = compare_programs(reference, quantized, calls, device, method=method, matmul_precision=matmul_precision)
+    if html is not None:
+        try:
+            result.write_html(html)
+        except OSError as error:
+            raise ArgumentError(f"{html}: cannot be written: {error}") from error
+    if as_json:
+        _print_json(result.plain())
+        return
+    _print_table(COLUMNS, map(cells_of, (*result.layers, *result.outputs)), left=2)
+    print(result.summary())
+
+
+@app.command()
 def tune(
     model: PteFile,
     seconds: Annotated[float, typer.Option(help="How long it may take, for all kernels together.", min=0.1)] = 30.0,
@@ -253,13 +292,20 @@ def tune(
 
 def _read_input(text: str, position: int, parameters: Sequence[Parameter]) -> Any:
     """A .npy file, or the number or word that a method was specialized on."""
+    is_word = position < len(parameters) and not parameters[position].is_tensor
+    return _read_word(text) if is_word else _read_array(text)
+
+
+def _read_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read_array(text: str) -> Any:
     import numpy as np
 
-    if position < len(parameters) and not parameters[position].is_tensor:
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
     try:
         loaded = np.load(text, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -267,6 +313,26 @@ def _read_input(text: str, position: int, parameters: Sequence[Parameter]) -> An
     if not isinstance(loaded, np.ndarray):
         raise ArgumentError(f"input {text}: give one .npy file for each input, not .npz")
     return loaded
+
+
+def _read_calls(texts: Sequence[str]) -> list[Any]:
+    """The inputs of one call from .npy files, or those of several from .npz files."""
+    import numpy as np
+
+    together = [text for text in texts if text.endswith(".npz")]
+    if not together:
+        return [_read_array(text) if text.endswith(".npy") else _read_word(text) for text in texts]
+    if len(together) != len(texts):
+        raise ArgumentError("give .npy files, one for each input, or .npz files, one for each call, not both")
+
+    def read(text: str) -> list[Any]:
+        try:
+            with np.load(text, allow_pickle=False) as arrays:
+                return [arrays[name] for name in arrays.files]
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise ArgumentError(f"inputs {text}: cannot be read as .npz: {error}") from error
+
+    return [read(text) for text in texts]
 
 
 def _random_inputs(parameters: Sequence[Parameter]) -> list[Any]:

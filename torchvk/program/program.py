@@ -284,12 +284,12 @@ def load(
             raise FormatError("the program has no methods")
         for plan in wanted:
             with located(f"method {plan.name!r}"):
-                _check_plan(plan)
+                check_plan(plan)
         graph_of = Graphs()
         # A device takes a tenth of a second to open, and the file something to check.
         with _opened_ahead(device, any(plan.delegates for plan in wanted)):
             description = describe_file(opened.name, file, graph_of)
-        kernels = operators.resolve({name for plan in wanted for name in _called(plan)}, custom_operators)
+        kernels = operators.resolve({name for plan in wanted for name in called_operators(plan)}, custom_operators)
         shared = _Shared(opened.name)
         sessions: dict[int, Session] = {}
         # One budget for all sessions.
@@ -363,11 +363,11 @@ def _method(
         return Method(plan, own, kernels, shared)
 
 
-def _called(plan: Plan) -> set[str]:
+def called_operators(plan: Plan) -> set[str]:
     return {plan.operators[step.operator] for chain in plan.chains for step in chain if isinstance(step, KernelCall)}
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     for index, delegate in enumerate(plan.delegates):
         if delegate.backend != BACKEND:
             raise UnsupportedError(
