@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from executorch.exir import EdgeCompileConfig, to_edge
 
 from tests.edge import Lowered, inspect_edge, lower_module, mismatch
+from tests.images import IMAGES, image_inputs
 from torchvk import ops
 from torchvk.lowering.translate import TRANSLATIONS
 from torchvk.partitioner.vulkan_partitioner import VulkanPartitioner
@@ -373,8 +374,8 @@ def test_every_operator_can_be_reached() -> None:
     layer = {"linear": torch.nn.Linear(5, 3)}
     conv = {"conv": torch.nn.Conv1d(2, 3, 2)}
     attention = {"attention": lambda q: F.scaled_dot_product_attention(q, q + 1, q - 1)}
-    # See test_lowering_quantized.py and test_quantizer_lowering.py.
-    used = {"quantized_linear", "quantize", "dequantize"}
+    # See test_lowering_quantized.py, test_quantizer_lowering.py and test_lowering_int8.py.
+    used = {"quantized_linear", "quantize", "dequantize", "quantized_avg_pool", "quantized_adaptive_avg_pool"}
     # Attention is known by its parts, which the configuration above would keep whole.
     used |= set(lower_module(Family(attention), (random(2, 3, 5, 8),)).operators())
     for family, inputs in (
@@ -384,6 +385,7 @@ def test_every_operator_can_be_reached() -> None:
         (INDEXING, (cube, cubes, k)),
         (REDUCTIONS, (cube, cubes)),
         (PRODUCTS, (cube, random(6, 4), random(4))),
+        (IMAGES, image_inputs()),
         (fills, (x,)),
         (layer, (x,)),
         (conv, (random(1, 2, 4),)),

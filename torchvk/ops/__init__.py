@@ -9,9 +9,12 @@ from torchvk.ops import indexing as indexing
 from torchvk.ops import linear as linear
 from torchvk.ops import movement as movement
 from torchvk.ops import normalization as normalization
+from torchvk.ops import pooling as pooling
 from torchvk.ops import quantize as quantize
 from torchvk.ops import quantized_linear as quantized_linear
+from torchvk.ops import quantized_pooling as quantized_pooling
 from torchvk.ops import reduction as reduction
+from torchvk.ops import upsampling as upsampling
 from torchvk.ops.operator import (
     Arg,
     Array,

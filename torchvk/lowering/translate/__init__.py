@@ -7,6 +7,7 @@ from torchvk.lowering.translate import (  # noqa: F401  # importing a family reg
     linear,
     movement,
     normalization,
+    pooling,
     quantize,
     reduction,
 )

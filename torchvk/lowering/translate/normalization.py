@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torchvk.graph import DType
 from torchvk.lowering.draft import Value
+from torchvk.lowering.refusal import Refused
 from torchvk.lowering.translate.registry import Translation, Translator, dim_of, register, translates
 
 SOFTMAX = {"aten._softmax.default": "softmax", "aten._log_softmax.default": "log_softmax"}
@@ -43,3 +45,48 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Value:
     return t.op("layer_norm", input, weight, bias, dims=len(normalized_shape), eps=float(eps))
+
+
+@translates("aten.native_group_norm.default")
+def native_group_norm(
+    t: Translator,
+    input: Value,
+    weight: Value | None,
+    bias: Value | None,
+    N: int,  # torch's names
+    C: int,
+    group: int,
+    eps: float,
+) -> tuple[Value | None, ...]:
+    """Groups of channels, all pixels of them, are lines of a layer norm."""
+    if input.type.numel == 0:
+        return (input, None, None)
+    lines = t.reshape(input, (N, group, input.type.numel // (N * group)))
+    y = t.reshape(t.op("layer_norm", lines, None, None, dims=1, eps=float(eps)), input.shape)
+    return (_per_channel(t, y, weight, bias), None, None)
+
+
+@translates("aten._native_batch_norm_legit.no_stats")
+def batch_norm_of_this_batch(
+    t: Translator, input: Value, weight: Value | None, bias: Value | None, training: bool, eps: float
+) -> tuple[Value | None, ...]:
+    """Instance normalization, as exir hands it over, and batch normalization that keeps no statistics."""
+    batch, channels, *rest = input.shape
+    if not training:
+        raise Refused("there are no statistics to normalize by")
+    if input.type.numel == 0:
+        return (input, None, None)
+    swapped = input if batch == 1 else t.op("permute", input, dims=[1, 0, *range(2, len(input.shape))])
+    lines = t.reshape(swapped, (channels, batch * math.prod(rest)))
+    y = t.reshape(t.op("layer_norm", lines, None, None, dims=1, eps=float(eps)), swapped.shape)
+    y = y if batch == 1 else t.op("permute", y, dims=[1, 0, *range(2, len(input.shape))])
+    return (_per_channel(t, y, weight, bias), None, None)
+
+
+def _per_channel(t: Translator, x: Value, weight: Value | None, bias: Value | None) -> Value:
+    """x [N, C, …] times weight [C] plus bias [C]."""
+    for op, operand in (("mul", weight), ("add", bias)):
+        if operand is not None:
+            shape = (*operand.shape, *(1,) * (len(x.shape) - 2))
+            x = t.op(op, x, t.reshape(t.cast(operand, x.dtype), shape))
+    return x
