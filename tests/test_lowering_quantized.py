@@ -18,7 +18,6 @@ from torchao.utils import unwrap_tensor_subclass
 import torchvk
 from tests import edge
 from tests.edge import Lowered, compare, lower_module
-from torchvk.errors import UnsupportedError
 from torchvk.graph import DType
 from torchvk.partitioner.vulkan_partitioner import Refusal, VulkanPartitioner
 from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
@@ -415,9 +414,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED: dict[str, tuple[torch.nn.Module, str]] = {
-    "asymmetric weights": (Dequantized(F.linear, affine([1, 32]), zero=2), "asymmetric"),
-    "3-bit weights": (Dequantized(F.linear, affine([1, 32]), low=-4, high=3), "3-bit weights"),
-    "unsigned weights": (Dequantized(F.linear, affine([1, 32]), low=0, high=15, dtype=torch.uint8), "torch.uint8"),
+    "weights of 16 bits": (Dequantized(F.linear, affine([1, 32]), dtype=torch.int16), "torch.int16"),
     "scale per block of output channels": (Dequantized(F.linear, affine([4, 64]), scale=(4, 1)), "output channels"),
     "activations in blocks": (Dequantized(lambda x, w: F.linear(in_blocks(x), w), affine([1, 32])), "blocks of"),
     "uint8 activations": (Dequantized(lambda x, w: F.linear(to_uint8(x), w), affine([1, 32])), "torch.uint8"),
@@ -469,14 +466,14 @@ def test_quantized_operands_that_others_read() -> None:
 
 
 def test_one_refused_linear_takes_those_with_it_that_share_its_operands() -> None:
-    """One chain feeds a linear with 4-bit and one with 3-bit weights: both stay, a third one is claimed."""
+    """One chain feeds two linears, one with a scale for several output channels: both stay, a third one is claimed."""
     quantize = ACTIVATIONS["dynamic_per_token, asymmetric"]
 
     class Three(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.good = Dequantized(F.linear, affine([1, 32]))
-            self.bad = Dequantized(F.linear, affine([1, 32]), low=-4, high=3)
+            self.bad = Dequantized(F.linear, affine([4, 64]), scale=(4, 1))
             self.other = Dequantized(F.linear, affine([1, 32]))
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -491,13 +488,14 @@ def test_one_refused_linear_takes_those_with_it_that_share_its_operands() -> Non
 
 
 def test_constants_that_exir_hides_are_found_out_when_lowering() -> None:
-    """``to_edge`` and ``to_backend`` never show the partitioner the weights: nonzero zero points are an error then."""
+    """``to_edge`` and ``to_backend`` never show the partitioner the weights, such as whether zero points are zeros."""
     inputs = (torch.randn(5, 64),)
-    good, bad = (Dequantized(F.linear, affine([1, 32]), zero=zero) for zero in (0, 2))
-    program = to_edge(torch.export.export(good, inputs)).to_backend(VulkanPartitioner())
-    assert "executorch_call_delegate" in str(program.exported_program().graph)
-    with pytest.raises(UnsupportedError, match=r"asymmetric.*to_edge_transform_and_lower"):
-        to_edge(torch.export.export(bad, inputs)).to_backend(VulkanPartitioner())
+    for zero in (0, 2):
+        module = Dequantized(F.linear, affine([1, 32]), zero=zero)
+        lowered = edge.inspect_edge(to_edge(torch.export.export(module, inputs)).to_backend(VulkanPartitioner()))
+        (node,) = lowered.graph.nodes
+        assert (len(node.inputs) == 6) is (zero != 0)
+        compare(lowered.run(*inputs), module(*inputs))
 
 
 def test_packed_values_are_the_models() -> None:

@@ -25,16 +25,28 @@ EPSILON = {np.float32: 2.0**-24, np.float16: 2.0**-11}  # half a unit in the las
 
 
 def operands(
-    rng: np.random.Generator, shape: tuple[int, ...], n: int, group: int, bits: int, dtype: Any, bias: Any = None
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    n: int,
+    group: int,
+    bits: int,
+    dtype: Any,
+    bias: Any = None,
+    zeros: bool = False,
 ) -> list[Array | None]:
-    """x, weight, scale and bias (of that dtype, or None); the extremes of the weights included."""
+    """x, weight, scale, bias (of that dtype, or None), and zero points behind no residual; extremes included."""
     k = shape[-1]
     top = 1 << (bits - 1)
     weight = rng.integers(-top, top, (n, k)).astype(np.int8)
     weight[0, 0], weight[-1, -1] = -top, top - 1
     scale = (0.5 + rng.random((n, k // group))).astype(dtype) / dtype(top * k**0.5)
     x = rng.standard_normal(shape).astype(dtype)
-    return [x, weight, scale, None if bias is None else rng.standard_normal(n).astype(bias)]
+    inputs = [x, weight, scale, None if bias is None else rng.standard_normal(n).astype(bias)]
+    if zeros:
+        zero_point = rng.integers(-top, top, scale.shape).astype(np.int8)
+        zero_point[0, 0], zero_point[-1, -1] = top - 1, -top
+        inputs += [None, zero_point]
+    return inputs
 
 
 def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
@@ -43,12 +55,15 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
     A sum of t terms, each rounded a few times, is off by at most (t + few) · 2^-24 · Σ |terms|, in any order.
     Terms: groups with quantized activations (their sums are exact), else columns.
     """
-    x, weight, scale, bias, residual = (*inputs, None)[:5]
+    x, weight, scale, bias, residual, zero_point = (*inputs, None, None)[:6]
     assert x is not None
     assert weight is not None
     assert scale is not None
     rows = x.reshape(-1, x.shape[-1])
-    w = weight.astype(np.float64) * np.repeat(scale.astype(np.float64), chosen.group_size, axis=1)
+    w = weight.astype(np.float64)
+    if zero_point is not None:
+        w -= np.repeat(zero_point, chosen.group_size, axis=1)
+    w *= np.repeat(scale.astype(np.float64), chosen.group_size, axis=1)
     terms = weight.shape[1]
     values = rows.astype(np.float64)
     if chosen.scheme is not None:
@@ -141,6 +156,19 @@ def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.
             check(chosen, inputs, bits, variant=name)
 
 
+@pytest.mark.parametrize("max_tier", [0, None])
+@pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
+def test_zero_points_of_weights(
+    max_tier: int | None, activation: str, device_kind: str, rng: np.random.Generator
+) -> None:
+    """One row and many, groups of half a unit, of units and of all columns."""
+    cases = [((1, 64), 31, 16, 4), ((3, 96), 5, 96, 8), ((9, 2, 96), 34, 32, 4), ((20, 80), 9, 16, 8)]
+    for case, (shape, n, group, bits) in enumerate(cases):
+        dtype = DTYPES[case % 2]
+        inputs = operands(rng, shape, n, group, bits, dtype, np.float32, zeros=True)
+        check(attributes(group, activation, dtype), inputs, bits, max_tier=max_tier)
+
+
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
 @pytest.mark.parametrize(
     ("epilogue", "m", "n"), [("relu", 1, 9), ("gelu", 6, 34), ("gelu_tanh", 3, 16), ("silu", 40, 7)]
@@ -182,7 +210,8 @@ def test_any_shape(max_tier: int | None, data: st.DataObject) -> None:
     activation = data.draw(st.sampled_from(["none", "dynamic_per_token", "dynamic_per_tensor"]))
     symmetric = data.draw(st.booleans())
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    inputs = operands(generator, shape, data.draw(st.integers(1, 40), "n"), group, bits, dtype)
+    n, zeros = data.draw(st.integers(1, 40), "n"), data.draw(st.booleans(), "zeros")
+    inputs = operands(generator, shape, n, group, bits, dtype, zeros=zeros)
     check(attributes(group, activation, dtype, symmetric=symmetric), inputs, bits, max_tier=max_tier)
 
 

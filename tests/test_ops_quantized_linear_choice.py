@@ -15,14 +15,14 @@ from torchvk import ops
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType, unpack_int4
 from torchvk.ops import OperatorError
-from torchvk.ops.quantized_linear import UNIT, Packing, choose
+from torchvk.ops.quantized_linear import choose
+from torchvk.ops.quantized_packing import UNIT, Packing
 from torchvk.runtime.plan import make_plan
 
 
-def types(x: Any, weight: Any, scale: Any, bias: Any = None) -> list[TensorType | None]:
-    return [
-        None if value is None else TensorType(DType(value[0]), tuple(value[1])) for value in (x, weight, scale, bias)
-    ]
+def types(x: Any, weight: Any, scale: Any, bias: Any = None, *more: Any, **named: Any) -> list[TensorType | None]:
+    values = (x, weight, scale, bias, *more, *named.values())
+    return [None if value is None else TensorType(DType(value[0]), tuple(value[1])) for value in values]
 
 
 BLOCKED = "quantized_gemm_blocked_integer_32x32"
@@ -52,6 +52,8 @@ GOOD: dict[str, Any] = {
         ({"scale": ("int8", (5, 2))}, {}, "the scale must be"),
         ({"bias": ("float32", (4,))}, {}, "the bias must be"),
         ({"bias": ("float16", (5,))}, {}, "the bias must be"),
+        ({"residual": None, "zero_point": ("uint8", (5, 2))}, {}, r"must be int8 \[5, 2\]"),
+        ({"residual": None, "zero_point": ("int8", (5,))}, {}, r"must be int8 \[5, 2\]"),
         ({}, {"group_size": 48}, "48 does not divide the 64"),
         ({}, {"group_size": 0}, "0 does not divide"),
         ({}, {"activation": "dynamic_per_token", "quant_max": 255}, "are not int8"),
@@ -193,7 +195,7 @@ def test_texels_have_limits() -> None:
         [np.zeros((1, 64), np.float32), np.zeros((16, 64), np.int8), np.zeros((16, 2), np.float32)],
     )
     plan = make_plan(graph, capabilities())
-    assert [arg.texels for arg in plan.steps[-1].dispatch.buffers] == [True] * 5 + [False] * 2  # type: ignore[union-attr]
+    assert [arg.texels for arg in plan.steps[-1].dispatch.buffers] == [True] * 5 + [False] * 2 + [True]  # type: ignore[union-attr]
     choice = make_plan(graph, capabilities(max_texels=63)).steps[-1].dispatch
     assert choice is not None
     assert not any(arg.texels for arg in choice.buffers)

@@ -20,7 +20,7 @@ class Block:
     threads: int
     step: int
     slices: int = 1
-    beside: int = 0  # more bytes of shared memory: the integer kernels' scales and sums of weights
+    beside: int = 0  # more bytes of shared memory: the integer kernels' scales and sums of both operands
 
     @property
     def shared(self) -> int:
@@ -47,9 +47,9 @@ FLOAT = (
     Block("32x32x2", 32, 32, 128, 32, 2),
 )
 INTEGER = (
-    Block("128x64", 128, 64, 256, 8, beside=2048),
-    Block("64x64", 64, 64, 128, 8, beside=2048),
-    Block("32x32", 32, 32, 64, 8, beside=1024),
+    Block("128x64", 128, 64, 256, 8, beside=4096),
+    Block("64x64", 64, 64, 128, 8, beside=3072),
+    Block("32x32", 32, 32, 64, 8, beside=1536),
 )
 HALF = tuple(block for block in FLOAT if block.name in ("64x128", "64x64", "32x32x4"))
 # Weights that are quantized, with activations in float32 and in float16.

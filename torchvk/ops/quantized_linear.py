@@ -1,10 +1,10 @@
 """Linear layers with integer weights: ``quantized_linear``.
 
-    y[m, n] = f(sx[m] · Σ_g sw[n, g] · Σ_{k in g} (qx[m, k] − zx[m]) · qw[n, k] + b[n]) + residual[m, n]
+    y[m, n] = f(sx[m] · Σ_g sw[n, g] · Σ_{k in g} (qx[m, k] − zx[m]) · (qw[n, k] − zw[n, g]) + b[n]) + residual[m, n]
 
 with quantized activations: the inner sums are integers and exact, the sum over groups is in float32. Without (weight
-only) the product is Σ_k x[m, k] · (sw[n, g] · qw[n, k]) in float32. f and the residual: see torchvk.ops.epilogue.
-float16 results are rounded once, at the end.
+only) the product is Σ_k x[m, k] · (sw[n, g] · (qw[n, k] − zw[n, g])) in float32. Symmetric weights have no zero
+points zw. f and the residual: see torchvk.ops.epilogue. float16 results are rounded once, at the end.
 
 Against eager mode, which dequantizes and multiplies matrices: float32 models differ by the order of float32 additions
 alone. float16 models there round every dequantized weight and activation to float16. Matrix units take weights rounded
@@ -34,7 +34,6 @@ from torchvk.ops.operator import (
     Capabilities,
     Dispatch,
     Kernels,
-    Layout,
     Operator,
     OperatorError,
     Types,
@@ -46,18 +45,19 @@ from torchvk.ops.operator import (
     scratch_write,
     write,
 )
-from torchvk.ops.quantization import LANES, Activation, Formulas, Rows, Scheme, quantization, quantize, reads_texels
+from torchvk.ops.quantization import LANES, Activation, Formulas, Scheme, quantization, quantize, reads_texels
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.quantized_linear_gemv import Case, few_rows
 from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
 from torchvk.ops.quantized_linear_matrix import weight_sums
+from torchvk.ops.quantized_packing import UNIT, Packing, pitch_of
 from torchvk.ops.rounding import round_to_half
 from torchvk.ops.rows import stacked, whole_rows
 
-X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
-UNIT = 32  # columns of a unit: one uint4 of int4 weights
-# A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128.
+X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)
+# A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128, or 255 with zero points.
 MAX_GROUP = 1 << 16
+MAX_GROUP_ZEROS = 1 << 15
 MAX_GEMV_ROWS = 4
 MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
 
@@ -92,16 +92,21 @@ def _fail(message: str) -> NoReturn:
 
 
 def _operands(inputs: Types) -> tuple[TensorType, TensorType, TensorType, TensorType | None, TensorType | None]:
-    if not 3 <= len(inputs) <= 5:
-        _fail(f"takes x, weight, scale and perhaps bias and residual, {len(inputs)} operands were given")
+    if not 3 <= len(inputs) <= 6:
+        _fail(f"takes x, weight, scale and perhaps bias, residual and zero point, {len(inputs)} operands were given")
     x, weight, scale, bias, residual = (*inputs, None, None)[:5]
     if x is None or weight is None or scale is None:
         _fail("x, weight and scale must be there")
     return x, weight, scale, bias, residual
 
 
+def _zero_point(inputs: Types) -> TensorType | None:
+    return inputs[ZERO_POINT] if len(inputs) > ZERO_POINT else None
+
+
 def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[TensorType, ...]:
     x, weight, scale, bias, residual = _operands(inputs)
+    zero_point = _zero_point(inputs)
     floats = (DType.FLOAT32, DType.FLOAT16)
     if x.dtype not in floats or not x.shape:
         _fail(f"x must be float32 or float16 of rank 1 or more, got {x}")
@@ -116,6 +121,8 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
         _fail(f"group_size {attributes.group_size} does not divide the {k} input channels")
     if scale.dtype not in floats or scale.shape != (n, k // attributes.group_size):
         _fail(f"the scale must be float32 or float16 {[n, k // attributes.group_size]}, got {scale}")
+    if zero_point is not None and (zero_point.dtype is not DType.INT8 or zero_point.shape != scale.shape):
+        _fail(f"the zero point of the weight must be int8 {[*scale.shape]}, got {zero_point}")
     if bias is not None and (bias.dtype not in (DType.FLOAT32, x.dtype) or bias.shape != (n,)):
         _fail(f"the bias must be float32 or {x.dtype.value} {[n]}, got {bias}")
     if attributes.scheme is not None:
@@ -131,15 +138,16 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
 
 def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None:
     x, weight, *_ = _operands(inputs)
-    if attributes.activation != "none" and attributes.group_size > MAX_GROUP:
-        return f"groups of {attributes.group_size} columns may overflow int32; {MAX_GROUP} are supported"
+    most = MAX_GROUP if _zero_point(inputs) is None else MAX_GROUP_ZEROS
+    if attributes.activation != "none" and attributes.group_size > most:
+        return f"groups of {attributes.group_size} columns may overflow int32; {most} are supported"
     padded = -(-weight.shape[1] // UNIT) * UNIT
     rows = max(math.prod(x.shape[:-1]), weight.shape[0])
     # Spreading odd groups to whole units can take 32 times the columns, at group size 1.
     width = (
         padded
         if attributes.group_size in (16, weight.shape[1])
-        else _pitch(attributes.group_size) * (weight.shape[1] // attributes.group_size)
+        else pitch_of(attributes.group_size) * (weight.shape[1] // attributes.group_size)
     )
     if rows * max(padded, width) > MAX_ELEMENTS or math.prod(x.shape[:-1]) * weight.shape[0] > MAX_ELEMENTS:
         return f"{x} times {weight} has more than {MAX_ELEMENTS} elements"
@@ -148,13 +156,16 @@ def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None
 
 def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     """As eager mode: dequantize both to x's dtype, multiply matrices in float32, round."""
-    x, weight, scale, bias, residual = (*inputs, None, None)[:5]
+    x, weight, scale, bias, residual, zero_point = (*inputs, None, None, None)[:6]
     assert x is not None
     assert weight is not None
     assert scale is not None
     n, k = weight.shape
     with np.errstate(all="ignore"):
-        grouped = weight.reshape(n, -1, attributes.group_size).astype(np.float32) * scale[..., None].astype(np.float32)
+        grouped = weight.reshape(n, -1, attributes.group_size).astype(np.float32)
+        if zero_point is not None:
+            grouped -= zero_point[..., None].astype(np.float32)
+        grouped *= scale[..., None].astype(np.float32)
         w = grouped.reshape(n, k).astype(x.dtype).astype(np.float32)
         rows = x.reshape(-1, k)
         scheme = attributes.scheme
@@ -166,114 +177,6 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
             y = y + bias.astype(np.float32)
         y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
         return (y.astype(x.dtype),)
-
-
-def _pitch(group: int) -> int:
-    return -(-group // UNIT) * UNIT
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The weight [n, k] as kernels want it: rows of ``units`` units, groups of ``group`` columns spread to ``pitch``.
-
-    Groups are whole units, or half a unit (16 columns); others are spread, with zeros between. One group to a row is
-    padded at the end.
-    """
-
-    n: int
-    k: int
-    bits: int
-    group: int
-    pitch: int
-
-    @staticmethod
-    def of(weight: TensorType, group: int) -> Packing:
-        n, k = weight.shape
-        pitch = 16 if group == 16 and k > 16 else _pitch(group)
-        return Packing(n, k, weight.dtype.bits, group, pitch)
-
-    @property
-    def groups(self) -> int:
-        return self.k // self.group
-
-    @property
-    def units(self) -> int:
-        return -(-self.groups * self.pitch // UNIT)
-
-    @property
-    def columns(self) -> int:
-        return self.units * UNIT
-
-    @property
-    def half_groups(self) -> bool:
-        return self.pitch < UNIT
-
-    @property
-    def units_per_group(self) -> int:
-        return max(1, self.pitch // UNIT)
-
-    @property
-    def nbytes(self) -> int:
-        return self.n * self.columns * self.bits // 8
-
-    def rows(self, m: int, dtype: DType) -> Rows:
-        """The copy of x that meets the weight; it says nothing of groups where they are not spread."""
-        spread_out = self.pitch != self.group and self.groups > 1
-        group, pitch = (self.group, self.pitch) if spread_out else (self.columns, self.columns)
-        return Rows(m, self.k, dtype, group, pitch, self.columns)
-
-    @property
-    def layout(self) -> Layout | None:
-        """How the constant is rearranged, or None if it can stay as it is."""
-        if self.bits == 8 and self.columns == self.k:
-            return None
-        return Layout(f"quantized_weight_{self.bits}_{self.group}_{self.pitch}_{self.columns}", self.pack)
-
-    def pad(self, weight: Array) -> Array:
-        """int8 [n, k] to [n, columns], zeros between the groups and behind them."""
-        if self.columns == self.k:
-            return weight
-        padded = np.zeros((self.n, self.columns), np.int8)
-        spread_out = padded[:, : self.groups * self.pitch].reshape(self.n, self.groups, self.pitch)
-        spread_out[:, :, : self.group] = weight.reshape(self.n, self.groups, self.group)
-        return padded
-
-    def pack(self, weight: Array) -> Array:
-        """int8 [n, k] to bytes [n, columns · bits / 8]; see quantized_linear.slang for the order of nibbles."""
-        padded = self.pad(weight)
-        if self.bits == 8:
-            return np.ascontiguousarray(padded)
-        # Four columns a word: the even words' nibbles go low, the odd words' high.
-        words = np.ascontiguousarray(padded).view(np.uint32)
-        packed: Array = words[:, 1::2] & np.uint32(0x0F0F0F0F)
-        packed <<= np.uint32(4)
-        packed |= words[:, 0::2] & np.uint32(0x0F0F0F0F)
-        return packed
-
-    def takes(self, fragment: Fragment) -> bool:
-        """Whether the weight can be packed for it: with scales within a row, they must be where lanes find them."""
-        return fragment.complete and (self.groups == 1 or (not self.half_groups and fragment.slots() is not None))
-
-    def fragment_layout(self, fragment: Fragment) -> Layout:
-        """For the kernels that take fragments of the weight from memory."""
-        name = f"quantized_fragments_{fragment.digest}_{self.bits}_{self.group}_{self.pitch}_{self.columns}"
-        return Layout(name, lambda weight: fragment.pack_weight(self.pad(weight), self.bits))
-
-    def fragment_scale_layout(self, fragment: Fragment, dtype: DType) -> Layout:
-        return Layout(f"fragment_scales_{fragment.digest}_{dtype.value}_{self.groups}", fragment.pack_scale)
-
-    def scale_layout(self, dtype: DType) -> Layout | None:
-        """For the kernels that read texels: float32, whole texels a row."""
-        width = -(-self.groups // 4) * 4
-        if dtype is DType.FLOAT32 and width == self.groups:
-            return None
-
-        def pack(scale: Array) -> Array:
-            padded = np.zeros((self.n, width), np.float32)
-            padded[:, : self.groups] = scale
-            return padded
-
-        return Layout(f"quantized_scale_{dtype.value}_{self.groups}_{width}", pack)
 
 
 @dataclass(frozen=True)
@@ -352,10 +255,13 @@ def _variants(
     packing = Packing.of(weight, attributes.group_size)
     m = math.prod(x.shape[:-1])
     scheme = attributes.scheme
-    few = few_rows(Case(packing, m, x, scale, bias, residual, attributes.epilogue, scheme, capabilities))
+    zeros = _zero_point(inputs) is not None
+    few = few_rows(Case(packing, m, x, scale, bias, residual, zeros, attributes.epilogue, scheme, capabilities))
     choices: list[tuple[str, Choice]] = []
     most = 2 if few else None
-    if scheme is None:
+    if zeros:
+        pass  # The kernels of matrix units have no zero points of weights.
+    elif scheme is None:
         choices = float_choices(m, packing, x.dtype, capabilities)[:most]
     else:
         for tiles in list(integer_candidates(m, packing, capabilities))[:most]:
@@ -456,7 +362,8 @@ def _chosen(
     detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
     out = scratch_write(len(scratch)) if detour else write(0)
     ending = epilogue_constants(attributes.epilogue, residual)
-    main = _product(packing, choice, m, x, scale, bias, ending, scheme, source, out, half_x, capabilities)
+    zeros = _zero_point(inputs) is not None
+    main = _product(packing, choice, m, x, scale, bias, zeros, ending, scheme, source, out, half_x, capabilities)
     dispatches = (*dispatches, main)
     if detour:
         dispatches = (*dispatches, round_to_half(m * packing.n, len(scratch), capabilities))
@@ -471,6 +378,7 @@ def _product(
     x: TensorType,
     scale: TensorType,
     bias: TensorType | None,
+    zeros: bool,
     ending: tuple[int, int],
     scheme: Scheme | None,
     source: Arg,
@@ -486,6 +394,7 @@ def _product(
     weights = read(WEIGHT, packing.layout, texels)
     weights_as_words = read(WEIGHT, packing.layout)
     scales = read(SCALE, packing.scale_layout(scale.dtype) if texels else None, texels)
+    zero_layout = packing.scale_layout(DType.INT8) if texels else None
     bias_code = 0 if bias is None else 1 if bias.dtype is DType.FLOAT32 else 2
     shared = (
         choice.local_size,
@@ -498,15 +407,17 @@ def _product(
     )
     if texels:
         # Sums of products below 2^24 are exact in float32; longer groups are summed in pieces of that.
-        exact_units = (1 << 24) // (255 * (8 if packing.bits == 4 else 128) * UNIT)
+        largest = (1 << packing.bits) - 1 if zeros else 1 << (packing.bits - 1)
+        exact_units = (1 << 24) // (255 * largest * UNIT)
         constants: tuple[int, ...] = (
             *shared,
             exact_units,
             scheme is not None and packing.units_per_group > exact_units,
+            zeros,
         )
     elif integer_matrix:
-        zeros = 0 if scheme is None or scheme.centered else 1 if scheme.per_token else 2
-        constants = (*shared, scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, zeros)
+        zero_points = 0 if scheme is None or scheme.centered else 1 if scheme.per_token else 2
+        constants = (*shared, scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, zero_points)
     elif choice.matrix:
         sizes = (packing.units, packing.units_per_group, packing.groups == 1)
         constants = (*shared, half_x, scale.dtype is DType.FLOAT16, *sizes)
@@ -520,7 +431,9 @@ def _product(
         # How groups end: 2 or 1 in each unit, or 0, after several units (or once, after all).
         ends = 2 if packing.half_groups else 1 if packing.units_per_group == 1 else 0
         whole = ends == 0 and packing.groups == 1
-        constants = (*shared, half_x, scale.dtype is DType.FLOAT16, min(m, 4), 1, ends, whole, packing.pitch <= 128)
+        bitwise = packing.pitch <= (64 if zeros else 128)
+        half_scale = scale.dtype is DType.FLOAT16
+        constants = (*shared, half_x, half_scale, min(m, 4), 1, ends, whole, bitwise, zeros)
     # Products of float16 matrices have no binding for the rows' scales and zero points.
     without = choice.matrix and scheme is None
     rows_qparams = () if without else (weights if scheme is None else scratch_read(1, texels=texels),)
@@ -537,6 +450,7 @@ def _product(
             out,
             read(RESIDUAL) if ending[1] else weights_as_words,
             *((weights if packing.groups > 1 else read(WEIGHT, weight_sums(packing)),) if integer_matrix else ()),
+            *(() if choice.matrix else (read(ZERO_POINT, zero_layout, texels) if zeros else weights,)),
         ),
         groups=grid(tiles, capabilities, 1),
         constants=constants,
@@ -556,7 +470,7 @@ register(
         variants=_variants,
         attributes=QuantizedLinearAttributes,
         support=_support,
-        constant_inputs=frozenset({WEIGHT, SCALE, BIAS}),
+        constant_inputs=frozenset({WEIGHT, SCALE, BIAS, ZERO_POINT}),
         dtypes=(DType.FLOAT32, DType.FLOAT16),
     )
 )

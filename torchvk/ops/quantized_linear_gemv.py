@@ -33,9 +33,9 @@ from torchvk.ops.quantization import Scheme, quantization, spreading
 from torchvk.ops.rounding import round_to_half
 
 if TYPE_CHECKING:
-    from torchvk.ops.quantized_linear import Packing
+    from torchvk.ops.quantized_packing import Packing
 
-X, WEIGHT, SCALE, BIAS, RESIDUAL = range(5)
+X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)
 UNIT = 32
 STAGED_BYTES = 32 << 10  # of shared memory for x
 SUMS_BYTES = 8 << 10  # and for sums
@@ -66,6 +66,7 @@ class Case:
     scale: TensorType
     bias: TensorType | None
     residual: TensorType | None
+    zeros: bool  # whether the weights have zero points
     epilogue: Any
     scheme: Scheme | None
     capabilities: Capabilities
@@ -145,9 +146,10 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     constants = (*constants, stationary, sums, staged, chunk)
     kernel = f"gemv_{gemv.mode}_{rows}"
     tiles = -(-packing.n // columns)
-    constants = (*constants, *quantizing)
+    constants = (*constants, *quantizing, case.zeros)
+    zeros = read(ZERO_POINT, zero_layout(packing.n, packing.groups, gemv.columns(rows))) if case.zeros else scales
     return _finish(
-        case, dispatches, scratch, source, kernel, gemv.local_size, scales, constants, (columns, tiles), (scales,)
+        case, dispatches, scratch, source, kernel, gemv.local_size, scales, constants, (columns, tiles), (scales, zeros)
     )
 
 
@@ -161,6 +163,19 @@ def scale_layout(n: int, groups: int, dtype: DType, columns: int) -> Layout:
         return np.ascontiguousarray(padded.reshape(blocks, columns, groups).transpose(0, 2, 1))
 
     return Layout(f"quantized_scale_blocks_{columns}_{dtype.value}_{n}_{groups}", pack)
+
+
+def zero_layout(n: int, groups: int, columns: int) -> Layout:
+    """Zero points as scales, in the first bytes of a word a block."""
+    blocks = scale_layout(n, groups, DType.INT8, columns)
+
+    def pack(zero_point: Array) -> Array:
+        packed = blocks.pack(zero_point)
+        words = np.zeros((*packed.shape[:2], 4), np.int8)
+        words[:, :, :columns] = packed
+        return words
+
+    return Layout(f"quantized_zero_blocks_{columns}_{n}_{groups}", pack)
 
 
 def _activations(case: Case, mode: Mode) -> tuple[tuple[Dispatch, ...], tuple[int, ...], Arg]:
@@ -320,7 +335,7 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
 def _skinnies(case: Case) -> Iterator[Skinny]:
     """Matrix kernels, best first."""
     capabilities = case.capabilities
-    if capabilities.tier < 2 or not 2 <= case.m <= 16 or case.packing.half_groups:
+    if capabilities.tier < 2 or not 2 <= case.m <= 16 or case.packing.half_groups or case.zeros:
         return
     half = case.scheme is None
     if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.scale.dtype is DType.FLOAT16):

@@ -10,7 +10,7 @@ import numpy as np
 from torchvk.ops.operator import Array, Capabilities, Layout
 
 if TYPE_CHECKING:
-    from torchvk.ops.quantized_linear import Packing
+    from torchvk.ops.quantized_packing import Packing
 
 UNIT = 32
 FEW_ROWS = 16  # which other kernels multiply

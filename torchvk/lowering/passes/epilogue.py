@@ -30,12 +30,14 @@ def _again(rewriter: Rewriter, layer: Call, attributes: Any, residual: Value | N
     """The layer with another epilogue and residual, in the shape that ``call`` gives."""
     slot = BIAS[layer.op]
     operands = (*layer.inputs, None)[: slot + 1]
-    result = rewriter.op(layer.op, *operands, residual, like=layer, attributes=attributes)
+    more = layer.inputs[slot + 2 :]
+    result = rewriter.op(layer.op, *operands, residual, *more, like=layer, attributes=attributes)
     return rewriter.reshape(result, call.outputs[0].shape, call)
 
 
 def _has_residual(layer: Call) -> bool:
-    return any(value is not None for value in layer.inputs[BIAS[layer.op] + 1 :])
+    slot = BIAS[layer.op] + 1
+    return any(value is not None for value in layer.inputs[slot : slot + 1])
 
 
 def _activation(rewriter: Rewriter, call: Call, readers: int = 1, name: str | None = None) -> Value | None:

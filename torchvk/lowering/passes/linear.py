@@ -8,7 +8,7 @@ from torchvk.lowering.draft import Call, Draft, Value, constant
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 from torchvk.lowering.passes.views import is_dense, strided
 
-# operator → the slot of its bias
+# operator → the slot of its bias; that of the residual follows
 BIAS = {"linear": 2, "quantized_linear": 3, "conv": 2}
 
 
@@ -95,12 +95,13 @@ def _add(rewriter: Rewriter, call: Call) -> Value | None:
         single = rewriter.uses.get(inner, 0) == 1 and rewriter.uses.get(product, 0) == 1
         fits = bias.array is not None and bias.shape[-1:] == (n,) and bias.type.numel == n and product.shape[-1] == n
         # With an epilogue the addend comes after it: that is no bias.
-        plain = made.attributes.epilogue == "none" and all(value is None for value in made.inputs[slot:])
+        plain = made.attributes.epilogue == "none" and all(value is None for value in made.inputs[slot : slot + 2])
         if not single or not fits or not plain:
             continue
         assert bias.array is not None
         flat = constant(bias.array.reshape(n), bias.name)
-        fused = rewriter.op(made.op, *made.inputs[:slot], flat, like=made, attributes=made.attributes)
+        operands = (*made.inputs[:slot], flat, *made.inputs[slot + 1 :])
+        fused = rewriter.op(made.op, *operands, like=made, attributes=made.attributes)
         return rewriter.reshape(fused, product.shape, call)
     return None
 

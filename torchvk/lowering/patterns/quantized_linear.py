@@ -131,7 +131,8 @@ def _emit(
     source: Source,
     given: dict[str, object],
 ) -> Value:
-    data, scale = weight_values(weight, transposed, dtype, source)
+    data, scale, zero_point = weight_values(weight, transposed, dtype, source)
+    zeros = () if zero_point is None else (None, zero_point)
     attributes = {
         "group_size": data.shape[1] // max(scale.shape[1], 1),
         "activation": "none",
@@ -140,6 +141,6 @@ def _emit(
     alpha, beta = float(given.get("alpha", 1)), float(given.get("beta", 1))  # type: ignore[arg-type]
     fits = addend is not None and addend.constant and addend.shape == (data.shape[0],)
     if fits and alpha == 1 and beta == 1:
-        return t.op("quantized_linear", x, data, scale, addend, **attributes)
-    product = t.op("quantized_linear", x, data, scale, None, **attributes)
+        return t.op("quantized_linear", x, data, scale, addend, *zeros, **attributes)
+    product = t.op("quantized_linear", x, data, scale, None, *zeros, **attributes)
     return product if addend is None else add_product(t, addend, product, beta, alpha)
