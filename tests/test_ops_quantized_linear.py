@@ -154,6 +154,8 @@ def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.
         assert in_parts
         for name in in_parts[:2]:
             check(chosen, inputs, bits, variant=name)
+        odd = [*operands(rng, (131, 96), 33, 96, bits, np.float16)]
+        check(attributes(96, activation, np.float16), odd, bits, variant=in_parts[0])
 
 
 @pytest.mark.parametrize("max_tier", [0, None])
