@@ -119,8 +119,8 @@ def _direct(case: Case, capabilities: Capabilities) -> Kernels:
             read(RESIDUAL) if case.ending[1] else stand_in,
         ),
         grid(units, capabilities),
-        (capabilities.local_size, 0, 0, 0, 0, case.bias, case.half, 0, *case.ending, case.geometry.depthwise),
-        case.geometry.push(),
+        (capabilities.local_size, case.bias, *case.ending, case.geometry.depthwise),
+        case.geometry.push() + bytes(16),
         bytes=case.nbytes,
         flops=case.geometry.flops,
     )

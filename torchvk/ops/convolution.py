@@ -154,8 +154,8 @@ class Geometry:
     def y_elements(self) -> int:
         return self.pixels * self.outputs
 
-    def push(self, tiles_n: int = 0, tiles: int = 0, m: int | None = None) -> bytes:
-        """The push constants of gemm.slang, as convolution.slang reads them."""
+    def push(self, tiles_n: int = 0, tiles: int = 0) -> bytes:
+        """The push constants of convolution.slang, without the last 16 bytes."""
         steps = [stride | up << 16 for stride, up in zip(self.stride, self.up, strict=True)]
         head = (self.pixels, self.group_outputs, self.k, self.groups, tiles_n, tiles)
         counts = (self.x_elements - 1, self.group_channels)

@@ -1,0 +1,187 @@
+"""quantized_conv against torch's convolutions of the dequantized operands in float64.
+
+With 8-bit activations the sums are exact: what is left is the rounding of sum · scale + bias in float32, a few ulp. So a
+quantized result differs by at most one step, and only next to a tie: how many do is counted.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from convolutions import Convolution, convolutions, first, last
+from harness import every_variant, run_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops_conv import CASES
+from variants import DEVICES, EPSILON, Array, assert_within, chosen_for
+
+from torchvk import ops
+from torchvk.graph import DType, TensorType
+from torchvk.ops.epilogue import apply_epilogue
+from torchvk.ops.quantized_conv import QuantizedConvAttributes
+
+OPERATOR = ops.get("quantized_conv")
+
+
+class Operands:
+    """Random ones of a scheme, and the exact result before it is quantized."""
+
+    def __init__(
+        self,
+        case: Convolution,
+        x_dtype: str = "int8",
+        activation: str = "static",
+        bits: int = 8,
+        output: str | None = "int8",
+        bias: bool = True,
+        epilogue: str = "none",
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        generator = np.random.default_rng(seed)
+        outputs = case.outputs * case.groups
+        shape = (case.images, *case.size, case.channels * case.groups)
+        limit = 1 << (bits - 1)
+        weight = generator.integers(-limit, limit, case.module().weight.shape, np.int8)
+        scale = generator.uniform(0.01, 0.03, outputs).astype(np.float32)
+        self.bits, self.output = bits, output
+        zero, x_scale = 0, np.float32(1)
+        if activation == "none":
+            x = generator.standard_normal(shape).astype(x_dtype)
+        else:
+            limits = np.iinfo(x_dtype)
+            x = generator.integers(limits.min, limits.max, shape, x_dtype, endpoint=True)
+            zero, x_scale = int(generator.integers(limits.min, limits.max, endpoint=True)), np.float32(0.0173)
+        b = generator.standard_normal(outputs).astype(np.float32) * 4 if bias else None
+        real = (x.astype(np.float64) - zero) * np.float64(x_scale)
+        # A transposed weight has its channels of y second.
+        channels = scale.astype(np.float64).reshape(case.groups, 1, case.outputs)
+        if case.transposed:
+            spread = np.broadcast_to(channels, (case.groups, case.channels, case.outputs)).reshape(-1, case.outputs)
+            factors = spread.reshape(*weight.shape[:2], *(1,) * case.rank)
+        else:
+            factors = channels.reshape(-1, *(1,) * (case.rank + 1))
+        y = self.convolve(case, real, weight * factors)
+        self.bound = 6 * EPSILON * np.abs(y)
+        if activation == "none":
+            size = self.convolve(case, np.abs(real), np.abs(weight * factors))
+            self.bound = (case.channels * int(np.prod(case.kernel)) + 3) * EPSILON * size
+        if b is not None:
+            y = y + b
+            self.bound = self.bound + EPSILON * (np.abs(y) + np.abs(b))
+        self.exact = apply_epilogue(epilogue, y, None) if epilogue != "none" else y
+        steps = {"output_scale": float(np.abs(self.exact).max() / 100 + 1e-3), "output_zero_point": 7}
+        limits = {"int8": (-120, 127), "uint8": (3, 250)}
+        self.attributes = QuantizedConvAttributes(
+            **case.attributes,
+            activation=activation,  # type: ignore[arg-type]
+            input_scale=float(x_scale) if activation == "static" else 1.0,
+            input_zero_point=zero if activation == "static" else 0,
+            dtype=DType(dtype),
+            epilogue=epilogue,  # type: ignore[arg-type]
+            **(
+                {}
+                if output is None
+                else {**steps, "output_dtype": output, **dict(zip(("output_min", "output_max"), limits[output]))}
+            ),
+        )
+        dynamic = activation == "dynamic"
+        ones = (1,) * len(shape)
+        self.operands: list[Array | None] = [
+            *(x, case.weight(weight), scale, b),
+            np.full(ones, x_scale) if dynamic else None,
+            np.full(ones, zero, np.int32) if dynamic else None,
+        ]
+        self.dtype = x_dtype if activation == "none" else dtype
+
+    def convolve(self, case: Convolution, x: Array, weight: Array) -> Array:
+        module = case.module(bias=False).double()
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(weight))
+            return last(module(torch.from_numpy(first(x))).numpy())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"int4": (1,)} if self.bits == 4 else {}
+
+    def check(self, got: Array) -> tuple[int, int]:
+        """Elements, and those that are one step off (more is an error)."""
+        if self.output is None:
+            assert_within(got, self.exact, 1.2 * self.bound + 8 * EPSILON * np.abs(self.exact), self.dtype)
+            return 0, 0
+        a = self.attributes
+        assert got.dtype == np.dtype(self.output)
+        real = self.exact / a.output_scale + a.output_zero_point
+        wanted = np.clip(np.rint(real), a.output_min, a.output_max)
+        off = np.abs(got.astype(np.float64) - wanted)
+        assert off.max(initial=0) <= 1
+        assert np.abs(real - np.floor(real) - 0.5)[off > 0].max(initial=0) < 1e-3
+        return off.size, int((off > 0).sum())
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> Operands:
+    activation = draw(st.sampled_from(("static", "static", "dynamic", "none")))
+    x_dtype = draw(st.sampled_from(("float32", "float16") if activation == "none" else ("int8", "uint8")))
+    return Operands(
+        draw(convolutions(max_rank=2)),
+        x_dtype,
+        activation,
+        bits=draw(st.sampled_from((8, 8, 4))),
+        output=draw(st.sampled_from((None, "int8", "uint8"))),
+        bias=draw(st.booleans()),
+        epilogue=draw(st.sampled_from(("none", "relu"))),
+        dtype=draw(st.sampled_from(("float32", "float16"))),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def test_reference_and_kernels_on_any_convolution() -> None:
+    counts = []
+
+    @given(schemes(), st.integers(0, 2))
+    @settings(max_examples=40, deadline=None)
+    def run(operands: Operands, on_device: int) -> None:
+        counts.append(operands.check(OPERATOR.reference(operands.attributes, operands.operands)[0]))
+        if on_device == 0:
+            for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands, **operands.options):
+                counts.append(operands.check(got))
+
+    run()
+    total, off = (sum(column) for column in zip(*counts, strict=True))
+    assert off <= max(2, 1e-3 * total), f"{off} of {total}"
+
+
+@pytest.mark.tier
+@pytest.mark.parametrize("kind", ["this", "gpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name: str, kind: str) -> None:
+    total = off = 0
+    with nullcontext() if kind == "this" else chosen_for("quantized_conv", kind="discrete"):
+        for x_dtype, activation, output in (("int8", "static", "int8"), ("float32", "none", None)):
+            operands = Operands(CASES[name], x_dtype, activation, output=output, epilogue="relu")
+            for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands):
+                count, wrong = operands.check(got)
+                total, off = total + count, off + wrong
+    assert off <= max(1, 1e-3 * total), f"{off} of {total}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", [("int8", "static"), ("uint8", "dynamic"), ("float16", "none")])
+def test_every_device_has_kernels(device: str, scheme: tuple[str, str]) -> None:
+    for case in CASES.values():
+        operands = Operands(case, *scheme)
+        types = [None if a is None else TensorType(DType.of(a.dtype), a.shape) for a in operands.operands]
+        outputs = OPERATOR.infer(operands.attributes, types)
+        kernels = OPERATOR.kernels(operands.attributes, types, outputs, DEVICES[device])
+        assert all(len(dispatch.push) <= 128 for dispatch in kernels.dispatches)
+
+
+def test_no_images() -> None:
+    operands = Operands(CASES["depthwise"])
+    empty = [np.zeros((0, 7, 9, 32), np.int8), *operands.operands[1:]]
+    assert run_op("quantized_conv", operands.attributes, empty)[0].shape == (0, 4, 9, 32)
