@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edge import assert_same
+from edge import assert_same, compare, lower_program
+from pt2e import quantize
 from torch import nn
 
 
@@ -48,3 +49,27 @@ def test_ranks(module: nn.Module, shape: tuple[int, ...]) -> None:
     counts = assert_same(module, (torch.randn(shape),)).operators()
     assert counts["conv"] == 1
     assert "pad" not in counts
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1)),
+        *(nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.ConvTranspose2d(16, 6, 3, stride=2, groups=2)),
+    )
+
+
+@pytest.mark.parametrize("config", [{}, {"weight_bits": 4}, {"is_static": True}])
+def test_quantized(config: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    module = quantize(small_network(), (x,), **config)
+    lowered = lower_program(torch.export.export(module, (x,)))
+    assert not lowered.cpu
+    counts = lowered.operators()
+    assert counts["quantized_conv"] == 3
+    assert "conv" not in counts
+    # Of weights, nothing is left in floating point.
+    graph = lowered.graph
+    floats = [t for t in graph.tensors if t.data is not None and t.dtype.value == "float32" and len(t.shape) > 2]
+    assert all(t.type.numel == 1 for t in floats)
+    compare(lowered.run(x), module(x), 1e-5)

@@ -1,7 +1,7 @@
 """quantized_conv against torch's convolutions of the dequantized operands in float64.
 
-With 8-bit activations the sums are exact: what is left is the rounding of sum · scale + bias in float32, a few ulp. So a
-quantized result differs by at most one step, and only next to a tie: how many do is counted.
+With 8-bit activations the sums are exact: what is left is the rounding of sum · scale + bias in float32, a few ulp. So
+a quantized result differs by at most one step, and only next to a tie: how many do is counted.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Operands:
             **(
                 {}
                 if output is None
-                else {**steps, "output_dtype": output, **dict(zip(("output_min", "output_max"), limits[output]))}
+                else {**steps, "output_dtype": output, "output_min": limits[output][0], "output_max": limits[output][1]}
             ),
         )
         dynamic = activation == "dynamic"

@@ -2,8 +2,8 @@
 
     y[p, o] = f(sx · sw[o] · Σ_k (qx[p, k] − zx) · qw[o, k] + b[o])
 
-with quantized activations, whose padding is the real 0; the sums are integers and exact. Without (weight only) the sum is
-Σ_k x[p, k] · qw[o, k], in float32. f: torchvk.ops.epilogue. The result may be quantized at once:
+with quantized activations, whose padding is the real 0; the sums are integers and exact. Without (weight only) the sum
+is Σ_k x[p, k] · qw[o, k], in float32. f: torchvk.ops.epilogue. The result may be quantized at once:
 clamp(round(y · (1 / output_scale)) + output_zero_point, output_min, output_max), half to even, in float32, as
 ``quantized_decomposed.quantize_per_tensor`` does it.
 
@@ -118,7 +118,7 @@ def _infer(attributes: QuantizedConvAttributes, inputs: Types) -> tuple[TensorTy
 
 def _positive(scale: float) -> bool:
     with np.errstate(over="ignore"):
-        return math.isfinite(np.float32(scale)) and np.float32(scale) > 0 and math.isfinite(1 / scale)
+        return math.isfinite(np.float32(scale)) and float(np.float32(scale)) > 0 and math.isfinite(1 / scale)
 
 
 def _range(dtype: DType) -> tuple[int, int]:
@@ -147,7 +147,7 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
             zero, own = attributes.input_zero_point, np.float32(attributes.input_scale)
             if attributes.activation == "dynamic":
                 assert x_scale is not None
-                zero, own = 0 if x_zero is None else int(x_zero.item()), x_scale.astype(np.float32).reshape(())
+                zero, own = 0 if x_zero is None else int(x_zero.item()), np.float32(x_scale.item())
             # float64 holds the sums exactly.
             sums = convolve(x.astype(np.float64) - zero, weight.astype(np.float64), attributes).astype(np.float32)
             factor, dtype = scale * own, attributes.dtype.numpy
@@ -164,8 +164,8 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
 
 @dataclass(frozen=True)
 class Packing:
-    """The weight as kernels read it, int8: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the last
-    dimension padded with zeros to whole words of ``align`` elements."""
+    """The weight as kernels read it, int8: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the
+    last dimension padded with zeros to whole words of ``align`` elements."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -307,7 +307,7 @@ def _kernels(
 register(
     Operator(
         name="quantized_conv",
-        summary="conv with int4 or int8 weights per channel; activations in floating point, or 8 bits static or dynamic",
+        summary="conv with int4 or int8 weights per channel; activations floating-point or 8 bits static or dynamic",
         attributes=QuantizedConvAttributes,
         infer=_infer,
         reference=_reference,

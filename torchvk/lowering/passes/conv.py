@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from torchvk.lowering.draft import Array, Call, Draft, Value, constant
+from torchvk.lowering.passes.qdq import channel_scales, constant_weight, static_input, weight_constant
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 
 
 def fuse_conv(draft: Draft) -> Draft:
-    return rewrite(draft, RULES)
+    return rewrite(rewrite(draft, {"conv": _padded}), RULES)
 
 
 def _pointwise(rewriter: Rewriter, call: Call) -> Value | None:
@@ -23,8 +24,41 @@ def _pointwise(rewriter: Rewriter, call: Call) -> Value | None:
     plain = attributes.groups == 1 and not any(attributes.padding)
     if not plain or any(step != 1 for step in (*attributes.stride, *attributes.input_dilation, *weight.shape[1:-1])):
         return None
-    matrix = rewriter.reshape(weight, (weight.shape[0], weight.shape[-1]), call)
-    return rewriter.op("linear", x, matrix, *rest, like=call, attributes={"epilogue": attributes.epilogue})
+    made = rewriter.producer(weight, "dequantize")
+    if made is None:
+        matrix = rewriter.reshape(weight, (weight.shape[0], weight.shape[-1]), call)
+        return rewriter.op("linear", x, matrix, *rest, like=call, attributes={"epilogue": attributes.epilogue})
+    return _quantized(rewriter, call, made)
+
+
+def _quantized(rewriter: Rewriter, call: Call, made: Call) -> Value | None:
+    """A pointwise one of a dequantized weight: as the passes know linear layers, if they take such activations."""
+    x, weight, bias, residual = (*call.inputs, None, None)[:4]
+    permute = rewriter.producer(x, "permute")
+    source = rewriter.producer(permute.inputs[0] if permute else x, "dequantize")
+    epilogue = call.attributes.epilogue
+    if source is not None:
+        if static_input(rewriter, source.outputs[0]) is None:
+            return None  # dynamic: a quantized_conv
+        parts = [_as_matrix(rewriter, part, call) for part in made.inputs if part is not None]
+        matrix = rewriter.op("dequantize", *parts, like=made, attributes=made.attributes)
+        return rewriter.op("linear", x, matrix, bias, residual, like=call, attributes={"epilogue": epilogue})
+    found = constant_weight(rewriter, weight)
+    scale = None if found is None else channel_scales(found, 0, call.outputs[0].shape[-1])
+    if found is None or scale is None or x is None or (bias is not None and not bias.constant):
+        return None
+    data = weight_constant(found)
+    matrix = constant(found.data.reshape(found.data.shape[0], -1), data.name, data.dtype)
+    attributes = {"group_size": x.shape[-1], "epilogue": epilogue}
+    operands = (matrix, constant(scale[:, None], data.name), bias, residual)
+    return rewriter.op("quantized_linear", x, *operands, like=call, attributes=attributes)
+
+
+def _as_matrix(rewriter: Rewriter, value: Value, call: Call) -> Value:
+    shape = (value.shape[0], value.shape[-1])
+    if value.array is None:
+        return rewriter.reshape(value, shape, call)
+    return constant(value.array.reshape(shape), value.name, value.dtype)
 
 
 def _layer(rewriter: Rewriter, call: Call) -> tuple[Call, Call | None, Array] | None:
@@ -33,13 +67,15 @@ def _layer(rewriter: Rewriter, call: Call) -> tuple[Call, Call | None, Array] | 
     for product, other in (call.inputs, call.inputs[::-1]):
         if product is None or other is None or other.array is None or product.type != call.outputs[0].type:
             continue
-        permute = rewriter.producer(product, "permute")
+        permute = _channels_first(rewriter, product)
         inner = permute.inputs[0] if permute else product
         layer = rewriter.made.get(inner) if inner is not None else None
         if inner is None or layer is None or layer.op not in ("conv", "linear") or rewriter.uses.get(inner, 0) != 1:
             continue
         rank = len(product.shape)
-        axis = permute.attributes.dims.index(rank - 1) if permute else rank - 1
+        axis = (
+            rank - 1 if permute is None else 1 if permute.op == "reshape" else permute.attributes.dims.index(rank - 1)
+        )
         shape = (1,) * (rank - len(other.shape)) + other.shape
         single = rewriter.uses.get(product, 0) == 1 and other.dtype is product.dtype
         if not single or other.type.numel not in (1, shape[axis]):
@@ -50,12 +86,25 @@ def _layer(rewriter: Rewriter, call: Call) -> tuple[Call, Call | None, Array] | 
     return None
 
 
+def _channels_first(rewriter: Rewriter, value: Value) -> Call | None:
+    """The permutation of channels that gives ``value``; a reshape, where there is one pixel."""
+    permute = rewriter.producer(value, "permute")
+    if permute:
+        return permute
+    reshape = rewriter.producer(value, "reshape")
+    inner = reshape.inputs[0] if reshape else None
+    if inner is None or len(inner.shape) < 3 or any(size != 1 for size in inner.shape[1:-1]):
+        return None
+    moved = (inner.shape[0], inner.shape[-1], *inner.shape[1:-1])
+    return reshape if moved == value.shape else None
+
+
 def _again(rewriter: Rewriter, layer: Call, permute: Call | None, weight: Value, bias: Array, call: Call) -> Value:
     x = layer.inputs[0]
     assert x is not None
     b = constant(bias.astype(x.dtype.numpy), call.outputs[0].name)
     result = rewriter.op(layer.op, x, weight, b, like=layer, attributes=layer.attributes)
-    return rewriter.op("permute", result, like=permute, attributes=permute.attributes) if permute else result
+    return rewriter.op(permute.op, result, like=permute, attributes=permute.attributes) if permute else result
 
 
 def _bias(layer: Call) -> Array | None:
@@ -113,8 +162,4 @@ def _padded(rewriter: Rewriter, call: Call) -> Value | None:
     return rewriter.op("conv", inner, *rest, like=call, attributes=replace(call.attributes, padding=padding))
 
 
-def _conv(rewriter: Rewriter, call: Call) -> Value | None:
-    return _pointwise(rewriter, call) or _padded(rewriter, call)
-
-
-RULES: dict[str, Rule] = {"conv": _conv, "mul": _scale, "add": _shift}
+RULES: dict[str, Rule] = {"conv": _pointwise, "mul": _scale, "add": _shift}

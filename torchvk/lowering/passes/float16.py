@@ -13,7 +13,12 @@ from torchvk.lowering.draft import Array, Draft, Value, constant
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 SMALLEST = float(np.finfo(np.float16).tiny)  # 2^-14
 # Inputs that stay as they are: scales (and a quantized weight's bias) may be float32 beside float16 activations.
-KEPT_INPUTS = {"quantized_linear": {1, 2, 3, 5}, "quantize": {1, 2}, "dequantize": {1, 2}}
+KEPT_INPUTS = {
+    "quantized_linear": {1, 2, 3, 5},
+    "quantized_conv": {1, 2, 3},
+    "quantize": {1, 2},
+    "dequantize": {1, 2},
+}
 # Attributes that are values of the operator's dtype, so that they must be in its range.
 VALUES = ("value", "min", "max")
 

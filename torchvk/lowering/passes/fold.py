@@ -20,6 +20,11 @@ def fold_constants(draft: Draft) -> Draft:
     return rewrite(draft, _fold)
 
 
+def fold_parameters(draft: Draft) -> Draft:
+    """The same, but for weights that are dequantized: passes make integer operators of those."""
+    return rewrite(draft, lambda rewriter, call: None if call.op == "dequantize" else _fold(rewriter, call))
+
+
 def _fold(rewriter: Rewriter, call: Call) -> Value | None:
     if not is_constant(call.inputs) or any(v is not None and v.dtype.bits < 8 for v in call.inputs):
         return None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchvk.graph import DType
-from torchvk.lowering.draft import Array, Call, Draft, Value
+from torchvk.lowering.draft import Array, Call, Draft, Value, constant
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 
 EIGHT_BITS = (DType.INT8, DType.UINT8)
@@ -110,6 +110,20 @@ def constant_weight(rewriter: Rewriter, value: Value | None) -> QuantizedConstan
         return None
     zeros = None if zero is None or not zero.array.any() else zero.array  # type: ignore[union-attr]
     return QuantizedConstant(data, data.array, scale.array, zeros)
+
+
+def channel_scales(weight: QuantizedConstant, axis: int, channels: int) -> Array | None:
+    """float32 [channels], if there are no zero points and no other dimension than ``axis`` has scales of its own."""
+    scale = weight.scale
+    if weight.zero_point is not None or scale.size not in (1, channels) or scale.shape[axis] != scale.size:
+        return None
+    return np.ascontiguousarray(np.broadcast_to(scale.reshape(-1).astype(np.float32), (channels,)))
+
+
+def weight_constant(weight: QuantizedConstant) -> Value:
+    """The data, stored in 4 bits where they fit."""
+    small = weight.data.dtype == np.int8 and weight.data.size and weight.data.min() >= -8 and weight.data.max() <= 7
+    return constant(weight.data, weight.value.name, DType.INT4 if small else None)
 
 
 def output_of(call: Call) -> Output | None:
