@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchvk import ops
-from torchvk.graph import DType, Graph, TensorType
+from torchvk.graph import DType, Graph, TensorType, pack_bits
 from torchvk.ops import Capabilities, Kernels
 from torchvk.ops.operator import Array
 from torchvk.runtime.device import Device
@@ -211,10 +211,8 @@ def _upload(
             type = layer.inputs[slot]
             if layout is not None:
                 data = layout.pack(data)
-            elif type is not None and type.dtype is DType.INT4:
-                from torchvk.graph.ir import pack_int4
-
-                data = pack_int4(data)
+            elif type is not None and type.dtype.packed:
+                data = pack_bits(data, type.dtype.bits)
             packed[key] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         data = packed[key]
         allocation = device.allocator.allocate(data.size, "direct", "weights of the benchmark")

@@ -35,7 +35,9 @@ def hollow(pte: bytes, path: Path) -> None:
             ranges = {tensor.data: index for index, tensor in enumerate(graph.tensors) if tensor.data is not None}
             for where, index in ranges.items():
                 tensor = graph.tensors[index]
-                if where.size < SMALLEST or not (tensor.dtype.is_float or tensor.dtype in (DType.INT4, DType.INT8)):
+                if where.size < SMALLEST or not (
+                    tensor.dtype.is_float or tensor.dtype is DType.INT8 or tensor.dtype.packed
+                ):
                     continue
                 at = pte.find(bytes(graph.constants[where.offset : where.offset + where.size]))
                 assert at >= 0, "a constant that is not in its file"

@@ -27,11 +27,12 @@ def one_node_graph(
     *,
     constants: Collection[int] = (),
     int4: Collection[int] = (),
+    int2: Collection[int] = (),
 ) -> tuple[Graph, list[Array]]:
     """A graph of one node and the arrays to call it with.
 
-    Inputs whose slot is in ``constants`` or in Operator.constant_inputs are constants, those in ``int4`` stored
-    packed; None stays absent. ``attributes``: the operator's dataclass, a mapping or None.
+    Inputs whose slot is in ``constants`` or in Operator.constant_inputs are constants, those in ``int4`` and ``int2``
+    stored packed; None stays absent. ``attributes``: the operator's dataclass, a mapping or None.
     """
     operator = ops.get(name)
     builder = GraphBuilder()
@@ -42,8 +43,9 @@ def one_node_graph(
             slots.append(None)
             continue
         array = np.asarray(value)
-        if slot in constants or slot in int4 or slot in operator.constant_inputs:
-            slots.append(builder.constant(f"constant{slot}", array, DType.INT4 if slot in int4 else None))
+        packed = DType.INT4 if slot in int4 else DType.INT2 if slot in int2 else None
+        if slot in constants or packed or slot in operator.constant_inputs:
+            slots.append(builder.constant(f"constant{slot}", array, packed))
         else:
             slots.append(builder.input(f"input{slot}", TensorType(DType.of(array.dtype), array.shape)))
             arguments.append(array)
@@ -61,13 +63,14 @@ def variant_names(
     *,
     constants: Collection[int] = (),
     int4: Collection[int] = (),
+    int2: Collection[int] = (),
     max_tier: int | None = None,
 ) -> list[str]:
     """The variants that the operator offers for this case on this device; arguments as for :func:`run_op`.
 
     Pass each to ``run_op(..., variant=...)``, so that all of them are tested whatever a device would choose.
     """
-    graph, _ = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
+    graph, _ = one_node_graph(name, attributes, inputs, constants=constants, int4=int4, int2=int2)
     node = graph.nodes[0]
     types = [None if index is None else graph.tensors[index].type for index in node.inputs]
     outputs = [graph.tensors[index].type for index in node.outputs]
@@ -127,11 +130,12 @@ def run_op(
     *,
     constants: Collection[int] = (),
     int4: Collection[int] = (),
+    int2: Collection[int] = (),
     max_tier: int | None = None,
     variant: str | None = None,
 ) -> tuple[Array, ...]:
     """The outputs of one operator, computed on the Vulkan device as :func:`run_graph` does."""
-    graph, arguments = one_node_graph(name, attributes, inputs, constants=constants, int4=int4)
+    graph, arguments = one_node_graph(name, attributes, inputs, constants=constants, int4=int4, int2=int2)
     return run_graph(graph, arguments, max_tier=max_tier, variant=variant)
 
 

@@ -230,8 +230,13 @@ def matrices() -> Graph:
     normal = sketch("layer_norm", y, ones, None, dims=1, eps=1e-5)
     scores = sketch("softmax", sketch("matmul", normal, y, transpose_b=True), dim=-1 % 2)
     square = sketch.constant("square", np.ones((4, 8), np.float32))
+    coarse = sketch.constant("coarse", np.arange(80).reshape(5, 16).astype(np.int8) % 4 - 2, DType.INT2)
+    steps = sketch.constant("steps", np.full((5, 1), 0.25, np.float32))
+    zeros = sketch.constant("zeros", np.arange(5, dtype=np.int8).reshape(5, 1) % 4 - 2)
+    narrow = sketch("reshape", x, shape=[6, 16])
+    more = sketch("quantized_linear", narrow, coarse, steps, None, None, zeros, group_size=16)
     projected = sketch("linear", sketch("matmul", scores, normal), square, None)
-    return sketch.build([projected, sketch("sum", scores, dims=(0,), keepdim=True), sketch("argmax", y, dim=1)])
+    return sketch.build([projected, sketch("sum", scores, dims=(0,), keepdim=True), sketch("argmax", y, dim=1), more])
 
 
 GRAPHS = {"arithmetic": arithmetic(), "movement": movement(), "matrices": matrices()}
@@ -293,7 +298,7 @@ def file_of(blob: bytes) -> bytes:
     except FormatError:
         return write(Plan([], [], [], [delegate_call(0)], delegates=[(BACKEND, blob)]))
     types = [graph.tensors[index].type for index in (*graph.inputs, *graph.outputs)]
-    known = all(type.dtype is not DType.INT4 and max(type.shape, default=0) < 2**31 for type in types)
+    known = all(not type.dtype.packed and max(type.shape, default=0) < 2**31 for type in types)
     values = [tensor(type.shape, type.dtype.value) for type in types] if known else []
     count = len(graph.inputs) if known else 0
     step = delegate_call(0, *range(len(values)))

@@ -24,9 +24,9 @@ from torchvk.graph import (
     Tensor,
     TensorType,
     from_bytes,
-    pack_int4,
+    pack_bits,
     to_bytes,
-    unpack_int4,
+    unpack_bits,
 )
 from torchvk.graph.build import GraphBuilder
 from torchvk.graph.serialize import align, frame
@@ -118,31 +118,36 @@ def test_builder_takes_0d_empty_and_strided_constants() -> None:
     assert graph.constant_array(strided).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-@given(arrays.arrays(np.int8, arrays.array_shapes(min_dims=1, max_dims=4, min_side=0), elements=st.integers(-8, 7)))
-def test_pack_int4_round_trip(values: Any) -> None:
-    packed = pack_int4(values)
+@pytest.mark.parametrize("dtype", [DType.INT4, DType.INT2])
+@given(data=st.data())
+def test_pack_bits_round_trip(dtype: DType, data: st.DataObject) -> None:
+    top = 1 << (dtype.bits - 1)
+    shapes = arrays.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9)
+    values = data.draw(arrays.arrays(np.int8, shapes, elements=st.integers(-top, top - 1)))
+    packed = pack_bits(values, dtype.bits)
     assert packed.dtype == np.uint8
-    assert packed.shape == (*values.shape[:-1], (values.shape[-1] + 1) // 2)
-    assert packed.nbytes == TensorType(DType.INT4, values.shape).nbytes
-    np.testing.assert_array_equal(unpack_int4(packed.reshape(-1), values.shape), values)
+    assert packed.shape == (*values.shape[:-1], -(-values.shape[-1] * dtype.bits // 8))
+    assert packed.nbytes == TensorType(dtype, values.shape).nbytes
+    np.testing.assert_array_equal(unpack_bits(packed.reshape(-1), dtype.bits, values.shape), values)
 
 
-def test_pack_int4_layout() -> None:
-    # The even column in the low nibble, two's complement, odd rows padded with 0.
-    assert pack_int4(np.array([[1, -1, 7], [-8, 0, 3]])).tolist() == [[0xF1, 0x07], [0x08, 0x03]]
+def test_pack_bits_layout() -> None:
+    # The first column in the lowest bits, two's complement, rows padded with 0.
+    assert pack_bits(np.array([[1, -1, 7], [-8, 0, 3]]), 4).tolist() == [[0xF1, 0x07], [0x08, 0x03]]
+    assert pack_bits(np.array([[1, -1, 0, -2, 1]]), 2).tolist() == [[0b10_00_11_01, 0b01]]
 
 
-@pytest.mark.parametrize("value", [8, -9, 127])
-def test_pack_int4_refuses_what_does_not_fit(value: int) -> None:
-    with pytest.raises(ValueError, match=r"\[-8, 7\]"):
-        pack_int4(np.array([0, value]))
+@pytest.mark.parametrize(("value", "bits"), [(8, 4), (-9, 4), (127, 4), (2, 2), (-3, 2)])
+def test_pack_bits_refuses_what_does_not_fit(value: int, bits: int) -> None:
+    with pytest.raises(ValueError, match=r"\[-8, 7\]" if bits == 4 else r"\[-2, 1\]"):
+        pack_bits(np.array([0, value]), bits)
 
 
 @pytest.mark.parametrize("dtype", list(DType))
 def test_dtypes(dtype: DType) -> None:
     assert TensorType(dtype, (3, 4)).nbytes == 12 * dtype.bits // 8
     assert str(TensorType(dtype, (3, 4))) == f"{dtype.value}[3, 4]"
-    if dtype is not DType.INT4:
+    if not dtype.packed:
         assert DType.of(dtype.numpy) is dtype
     with pytest.raises(ValueError, match="complex64"):
         DType.of(np.dtype("complex64"))
@@ -156,6 +161,8 @@ CONTRADICTIONS: dict[str, tuple[Any, str]] = {
     "constant without data": (lambda g: with_tensor(g, 1, data=None), "must have data"),
     "input with data": (lambda g: with_tensor(g, 0, data=ByteRange(0, 24)), "must not have data"),
     "int4 input": (lambda g: with_tensor(g, 0, dtype=DType.INT4), "int4"),
+    "int2 input": (lambda g: with_tensor(g, 0, dtype=DType.INT2), "int2"),
+    "int2 of the wrong size": (lambda g: with_tensor(g, 2, dtype=DType.INT2), "needs 6 bytes"),
     "int4 scalar": (lambda g: with_tensor(g, 2, shape=(), data=ByteRange(64, 1)), "last dimension"),
     "misaligned": (lambda g: with_tensor(g, 1, data=ByteRange(4, 12)), "misaligned"),
     "behind the end": (lambda g: with_tensor(g, 1, data=ByteRange(1 << 40, 12)), "outside"),

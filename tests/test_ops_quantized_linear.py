@@ -97,7 +97,8 @@ def expected(chosen: Any, inputs: list[Array | None]) -> tuple[Array, Array]:
 def check(chosen: Any, inputs: list[Array | None], bits: int, **options: Any) -> Array:
     """Run on the device, by every variant unless one is named, and hold against float64; the (first) result."""
     run = run_op if "variant" in options else every_variant
-    made: Any = run("quantized_linear", chosen, inputs, int4={1} if bits == 4 else set(), **options)
+    packed = {f"int{bits}": {1}} if bits < 8 else {}
+    made: Any = run("quantized_linear", chosen, inputs, **packed, **options)
     results: list[Array] = [*made] if run is run_op else [result for (result,) in made]
     assert inputs[0] is not None
     y, bound = expected(chosen, inputs)
@@ -163,11 +164,12 @@ def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.
 def test_zero_points_of_weights(
     max_tier: int | None, activation: str, device_kind: str, rng: np.random.Generator
 ) -> None:
-    """One row and many, groups of half a unit, of units and of all columns."""
+    """One row and many, groups of half a unit, of units and of all columns; and 2-bit weights without them."""
     cases = [((1, 64), 31, 16, 4), ((3, 96), 5, 96, 8), ((9, 2, 96), 34, 32, 4), ((20, 80), 9, 16, 8)]
+    cases += [((2, 96), 7, 32, 2), ((11, 80), 6, 16, 2), ((1, 97), 9, 97, 2)]
     for case, (shape, n, group, bits) in enumerate(cases):
         dtype = DTYPES[case % 2]
-        inputs = operands(rng, shape, n, group, bits, dtype, np.float32, zeros=True)
+        inputs = operands(rng, shape, n, group, bits, dtype, np.float32, zeros=case < 6)
         check(attributes(group, activation, dtype), inputs, bits, max_tier=max_tier)
 
 
@@ -207,7 +209,7 @@ def test_any_shape(max_tier: int | None, data: st.DataObject) -> None:
     group = data.draw(st.sampled_from([1, 5, 8, 16, 32, 48, 64, 128]), "group")
     groups = data.draw(st.integers(1, max(1, 200 // group)), "groups")
     shape = (*data.draw(st.lists(st.integers(0, 4), max_size=3), "leading"), group * groups)
-    bits = data.draw(st.sampled_from([4, 8]))
+    bits = data.draw(st.sampled_from([2, 4, 8]))
     dtype = data.draw(st.sampled_from(DTYPES))
     activation = data.draw(st.sampled_from(["none", "dynamic_per_token", "dynamic_per_tensor"]))
     symmetric = data.draw(st.booleans())

@@ -13,7 +13,7 @@ from spirv import contract_errors
 
 from torchvk import ops
 from torchvk.errors import UnsupportedError
-from torchvk.graph import DType, TensorType, unpack_int4
+from torchvk.graph import DType, TensorType, unpack_bits
 from torchvk.ops import OperatorError
 from torchvk.ops.quantized_linear import choose
 from torchvk.ops.quantized_packing import UNIT, Packing
@@ -115,7 +115,7 @@ def test_packed_weights_hold_every_weight(k: int, group: int, bits: int, rng: np
 def test_four_bits_stay_four_bits() -> None:
     packing = Packing.of(TensorType(DType.INT4, (1024, 1024)), 32)
     assert packing.nbytes == 1024 * 1024 // 2
-    assert unpack_int4(np.array([0xF8], np.uint8), (1, 2)).tolist() == [[-8, -1]]
+    assert unpack_bits(np.array([0xF8], np.uint8), 4, (1, 2)).tolist() == [[-8, -1]]
 
 
 @pytest.mark.parametrize(

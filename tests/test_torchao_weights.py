@@ -21,7 +21,7 @@ from torchao.utils import unwrap_tensor_subclass
 from tests.edge import Lowered, compare, lower_module
 
 BITS = {bits: getattr(torch, f"int{bits}") for bits in range(1, 9)}
-STORED = {1: "int4", 2: "int4", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"}
+STORED = {1: "int2", 2: "int2", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"}
 MAPPINGS = (MappingType.SYMMETRIC, MappingType.ASYMMETRIC, MappingType.SYMMETRIC_NO_CLIPPING_ERR)
 GRANULARITIES = (PerGroup(16), PerGroup(32), PerAxis(0))
 # Sums of K products in another order than torch's, each off by half a unit of 24 bits.
@@ -92,3 +92,55 @@ def test_linears_of_every_width(rng: np.random.Generator) -> None:
         name for name in widths if "_asymmetric" in name and name.split("int")[1][0] in "248"
     }
     check(lowered, module, x)
+
+
+QD = torch.ops.quantized_decomposed
+
+
+class PackedTable(torch.nn.Module):
+    """ExecuTorch's own operators: a table with several integers a byte."""
+
+    def __init__(self, bits: int, groups: int, zeros: bool, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        top = 1 << (bits - 1)
+        self.range, self.dtype = (-top, top - 1), dtype
+        self.operator = {8: QD.embedding_byte, 4: QD.embedding_4bit, 2: QD.embedding_2bit}[bits]
+        stored = torch.randint(-128, 128, (6, 4 * bits)).to(torch.int8)
+        self.register_buffer("table", stored if bits == 8 else stored.view(torch.uint8))
+        self.register_buffer("scales", torch.rand(6, groups) + 0.1)
+        self.register_buffer("zeros", torch.randint(-top, top, (6, groups)).float() if zeros else None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        given = (self.table, self.scales, self.zeros, *self.range, ids)
+        result: torch.Tensor = self.operator(*given) if self.dtype is None else self.operator(*given, dtype=self.dtype)
+        return result
+
+
+def test_embeddings_of_every_width(rng: np.random.Generator) -> None:
+    """By one FqnToConfig, beside a linear and a float table; and ExecuTorch's own operators."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    layers: dict[str, torch.nn.Module] = {}
+    configs: dict[str, Any] = {}
+    for bits in BITS:
+        mapping = MAPPINGS[rng.integers(2 if bits == 1 else 3)]
+        name = f"{bits}_{mapping.name.lower()}"
+        layers[name] = torch.nn.Embedding(7, 32).to(torch.float16 if bits == 4 else torch.float32)
+        configs[name] = IntxWeightOnlyConfig(BITS[bits], GRANULARITIES[rng.integers(3)], mapping)
+    layers["plain"] = torch.nn.Embedding(5, 3)
+    for bits, groups, zeros, dtype in ((8, 1, True, None), (4, 2, True, torch.float16), (2, 1, False, None)):
+        layers[f"packed{bits}"] = PackedTable(bits, groups, zeros, dtype)
+    layers["head"] = torch.nn.Sequential(torch.nn.Embedding(6, 32), torch.nn.Linear(32, 4))
+    configs["head.0"] = IntxWeightOnlyConfig(torch.int4, PerGroup(16), MappingType.ASYMMETRIC)
+    configs["head.1"] = Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))
+    module = quantized(Linears(layers), configs)
+    ids = torch.randint(0, 5, (2, 3))
+    lowered = lower_module(module, (ids,))
+    operators = lowered.operators()
+    assert (operators["quantized_embedding"], operators["embedding"], operators["quantized_linear"]) == (12, 1, 1)
+    assert not operators["dequantize"]
+    stored = operand_types(lowered, "quantized_embedding", 0)
+    assert {stored[f"layers.{name}"] for name in layers if name.startswith(("1_", "2_"))} == {"int2"}
+    assert {stored[f"layers.{name}"] for name in layers if name.startswith(("3_", "4_"))} == {"int4"}
+    assert (stored["layers.packed8"], stored["layers.packed4"], stored["layers.packed2"]) == ("int8", "int4", "int2")
+    # Lookups are exact, the linear's sums are not.
+    check(lowered, module, ids)

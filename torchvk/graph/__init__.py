@@ -1,6 +1,6 @@
 """The IR: dataclasses, validation, bytes."""
 
-from torchvk.graph.ir import ByteRange, DType, Graph, Node, Role, Tensor, TensorType, pack_int4, unpack_int4
+from torchvk.graph.ir import ByteRange, DType, Graph, Node, Role, Tensor, TensorType, pack_bits, unpack_bits
 from torchvk.graph.serialize import attributes_to_plain, from_bytes, to_bytes
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "TensorType",
     "attributes_to_plain",
     "from_bytes",
-    "pack_int4",
+    "pack_bits",
     "to_bytes",
-    "unpack_int4",
+    "unpack_bits",
 ]

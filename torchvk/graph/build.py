@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchvk.graph.ir import ByteRange, DType, Graph, Node, Role, Tensor, TensorType, pack_int4
+from torchvk.graph.ir import ByteRange, DType, Graph, Node, Role, Tensor, TensorType, pack_bits
 from torchvk.graph.serialize import align, attributes_to_plain
 
 
@@ -34,10 +34,10 @@ class GraphBuilder:
         return index
 
     def constant(self, name: str, array: np.ndarray[Any, Any], dtype: DType | None = None) -> int:
-        """Add a constant; ``dtype=DType.INT4`` packs integers in [-8, 7]. Equal constants are stored once."""
+        """Add a constant; dtypes of less than 8 bits pack integers. Equal constants are stored once."""
         dtype = dtype or DType.of(array.dtype)
         shape = tuple(int(size) for size in array.shape)
-        raw = np.ascontiguousarray(pack_int4(array) if dtype is DType.INT4 else array)
+        raw = np.ascontiguousarray(pack_bits(array, dtype.bits) if dtype.packed else array)
         # view() refuses 0-D arrays; reshape(-1) first.
         raw = raw.reshape(-1).view(np.uint8)
         key = (dtype.value, shape, hashlib.sha256(raw.data).digest())

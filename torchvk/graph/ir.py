@@ -16,8 +16,8 @@ import numpy as np
 
 
 class DType(str, enum.Enum):
-    """Element types. ``int4`` exists for constants only: two's complement, two a byte, the even column in the
-    low nibble, every row (last dimension) padded to whole bytes."""
+    """Element types. ``int4`` and ``int2`` exist for constants only: two's complement, two or four a byte, the first
+    column in the lowest bits, every row (last dimension) padded to whole bytes."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -26,6 +26,7 @@ class DType(str, enum.Enum):
     INT16 = "int16"
     INT8 = "int8"
     INT4 = "int4"
+    INT2 = "int2"
     UINT8 = "uint8"
     BOOL = "bool"
 
@@ -39,8 +40,13 @@ class DType(str, enum.Enum):
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """The NumPy dtype of one element; ``int4`` has none and unpacks to int8."""
-        return np.dtype("int8" if self is DType.INT4 else self.value)
+        """The NumPy dtype of one element; ``int4`` and ``int2`` have none and unpack to int8."""
+        return np.dtype("int8" if self.packed else self.value)
+
+    @property
+    def packed(self) -> bool:
+        """Whether several elements share a byte."""
+        return self.bits < 8
 
     @classmethod
     def of(cls, dtype: np.dtype[Any]) -> DType:
@@ -56,6 +62,7 @@ _BITS = {
     DType.INT16: 16,
     DType.INT8: 8,
     DType.INT4: 4,
+    DType.INT2: 2,
     DType.UINT8: 8,
     DType.BOOL: 8,
 }
@@ -81,10 +88,10 @@ class TensorType:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense row-major data (for ``int4``: rows padded to whole bytes)."""
-        if self.dtype is DType.INT4:
+        """Bytes of the dense row-major data (of packed dtypes: rows padded to whole bytes)."""
+        if self.dtype.packed:
             last = self.shape[-1] if self.shape else 1
-            return math.prod(self.shape[:-1]) * ((last + 1) // 2)
+            return math.prod(self.shape[:-1]) * -(-last * self.dtype.bits // 8)
         return self.numel * self.dtype.bits // 8
 
     def __str__(self) -> str:
@@ -152,11 +159,11 @@ class Graph:
         return self.constants[data.offset : data.offset + data.size]
 
     def constant_array(self, index: int) -> np.ndarray[Any, Any]:
-        """Constant ``index`` as a read-only array of its shape; ``int4`` is unpacked to int8."""
+        """Constant ``index`` as a read-only array of its shape; ``int4`` and ``int2`` are unpacked to int8."""
         tensor = self.tensors[index]
         raw = np.frombuffer(self.constant_bytes(index), dtype=np.uint8)
-        if tensor.dtype is DType.INT4:
-            return unpack_int4(raw, tensor.shape)
+        if tensor.dtype.packed:
+            return unpack_bits(raw, tensor.dtype.bits, tensor.shape)
         return raw.view(tensor.dtype.numpy).reshape(tensor.shape)
 
     def validate(self) -> None:
@@ -166,22 +173,26 @@ class Graph:
         validate(self)
 
 
-def pack_int4(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Pack integers in [-8, 7], any shape [..., K], into uint8 [..., ceil(K/2)]: even column in the low nibble."""
-    if values.size and (values.min() < -8 or values.max() > 7):
-        raise ValueError(f"4-bit values must lie in [-8, 7], got [{values.min()}, {values.max()}]")
-    nibbles = values.astype(np.int8).view(np.uint8) & 0xF
-    if nibbles.shape[-1] % 2:
-        nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[..., :1])], axis=-1)
-    packed: np.ndarray[Any, Any] = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+def pack_bits(values: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+    """Pack integers of 2 or 4 bits, any shape [..., K], into uint8 [..., ceil(K bits / 8)], first column lowest."""
+    top = 1 << (bits - 1)
+    if values.size and (values.min() < -top or values.max() >= top):
+        raise ValueError(f"{bits}-bit values must lie in [{-top}, {top - 1}], got [{values.min()}, {values.max()}]")
+    count = 8 // bits
+    fields = values.astype(np.int8).view(np.uint8) & np.uint8((1 << bits) - 1)
+    if padding := -fields.shape[-1] % count:
+        fields = np.concatenate([fields, np.zeros((*fields.shape[:-1], padding), np.uint8)], axis=-1)
+    packed: np.ndarray[Any, Any] = fields[..., 0::count].copy()
+    for place in range(1, count):
+        packed |= fields[..., place::count] << np.uint8(bits * place)
     return packed
 
 
-def unpack_int4(packed: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The inverse of :func:`pack_int4`: uint8 bytes to int8 values of ``shape`` [..., K]."""
-    columns = shape[-1]
-    rows = packed.reshape((*shape[:-1], (columns + 1) // 2))
-    both = np.empty((*shape[:-1], rows.shape[-1] * 2), np.int8)
-    both[..., 0::2] = (rows << 4).view(np.int8) >> 4
-    both[..., 1::2] = rows.view(np.int8) >> 4
-    return both[..., :columns]
+def unpack_bits(packed: np.ndarray[Any, Any], bits: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The inverse of :func:`pack_bits`: uint8 bytes to int8 values of ``shape`` [..., K]."""
+    columns, count = shape[-1], 8 // bits
+    rows = packed.reshape((*shape[:-1], -(-columns // count)))
+    values = np.empty((*shape[:-1], rows.shape[-1] * count), np.int8)
+    for place in range(count):
+        values[..., place::count] = (rows << np.uint8(8 - bits * (place + 1))).view(np.int8) >> np.int8(8 - bits)
+    return values[..., :columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from torchvk.errors import FormatError
-from torchvk.graph.ir import DType, Graph, Role
+from torchvk.graph.ir import Graph, Role
 
 MAX_RANK = 8
 MAX_TENSORS = 1 << 20
@@ -36,10 +36,10 @@ def validate(graph: Graph) -> None:
             raise FormatError(
                 f"{where} with role {tensor.role.value} must {'' if tensor.data is None else 'not '}have data"
             )
-        if tensor.dtype is DType.INT4 and tensor.role is not Role.CONSTANT:
-            raise FormatError(f"{where} is int4, which only constants can be")
-        if tensor.dtype is DType.INT4 and not tensor.shape:
-            raise FormatError(f"{where} is int4 and a scalar: int4 is packed along the last dimension")
+        if tensor.dtype.packed and tensor.role is not Role.CONSTANT:
+            raise FormatError(f"{where} is {tensor.dtype.value}, which only constants can be")
+        if tensor.dtype.packed and not tensor.shape:
+            raise FormatError(f"{where} is {tensor.dtype.value} and a scalar: it is packed along the last dimension")
         if tensor.data is not None:
             begin, size = tensor.data.offset, tensor.data.size
             if begin < 0 or size < 0 or begin % CONSTANT_ALIGNMENT or begin + size > len(graph.constants):

@@ -133,7 +133,7 @@ def decode_attributes(op: str, attributes: Any) -> Any:
 
 
 def constant(array: Array, name: str = "", dtype: DType | None = None) -> Value:
-    """A constant; ``dtype=DType.INT4`` for int8 data in [-8, 7] that is to be stored packed."""
+    """A constant; ``dtype``: INT4 or INT2 for int8 data that is to be stored packed."""
     return Value(TensorType(dtype or DType.of(array.dtype), tuple(array.shape)), name, True, array)
 
 

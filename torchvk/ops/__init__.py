@@ -12,6 +12,7 @@ from torchvk.ops import normalization as normalization
 from torchvk.ops import pooling as pooling
 from torchvk.ops import quantize as quantize
 from torchvk.ops import quantized_conv as quantized_conv
+from torchvk.ops import quantized_embedding as quantized_embedding
 from torchvk.ops import quantized_linear as quantized_linear
 from torchvk.ops import quantized_pooling as quantized_pooling
 from torchvk.ops import reduction as reduction

@@ -68,7 +68,7 @@ def pattern(value: Array) -> tuple[int, int]:
 def _full_infer(attributes: FullAttributes, inputs: Types) -> tuple[TensorType, ...]:
     operands(inputs, 0)
     expect_rank(attributes.shape)
-    expect(attributes.dtype is not DType.INT4, "dtype int4 is for weights only")
+    expect(not attributes.dtype.packed, f"dtype {attributes.dtype.value} is for weights only")
     scalar(attributes.value, attributes.dtype)
     return (TensorType(attributes.dtype, tuple(attributes.shape)),)
 
@@ -106,7 +106,7 @@ def _arange_infer(attributes: ArangeAttributes, inputs: Types) -> tuple[TensorTy
     operands(inputs, 0)
     expect_rank((attributes.size,))
     dtype = attributes.dtype
-    expect(dtype not in (DType.INT4, DType.BOOL), f"dtype {dtype.value} is not supported")
+    expect(not dtype.packed and dtype is not DType.BOOL, f"dtype {dtype.value} is not supported")
     for number in (attributes.start, attributes.step):
         expect(dtype.is_float or isinstance(number, int), f"{number} is not an integer, as dtype {dtype.value} needs")
         expect(-(2.0**63) <= number < 2.0**63, f"{number} is out of range")

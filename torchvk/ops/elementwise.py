@@ -310,7 +310,7 @@ register(
 
 def _cast_infer(attributes: CastAttributes, inputs: Types) -> tuple[TensorType, ...]:
     (x,) = operands(inputs, 1)
-    expect(attributes.dtype is not DType.INT4, "cannot convert to int4")
+    expect(not attributes.dtype.packed, f"cannot convert to {attributes.dtype.value}")
     return (TensorType(attributes.dtype, x.shape),)
 
 

@@ -317,8 +317,8 @@ def check(graph: Graph) -> None:
             tensor = graph.tensors[index]
             if slot in operator.constant_inputs and tensor.data is None:
                 raise FormatError(f"{where}: input {slot} must be a constant")
-            if tensor.dtype is DType.INT4 and slot not in operator.constant_inputs:
-                raise FormatError(f"{where}: input {slot} cannot be int4")
+            if tensor.dtype.packed and slot not in operator.constant_inputs:
+                raise FormatError(f"{where}: input {slot} cannot be {tensor.dtype.value}")
 
 
 def expect(condition: bool, message: str) -> None:

@@ -110,8 +110,8 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
     floats = (DType.FLOAT32, DType.FLOAT16)
     if x.dtype not in floats or not x.shape:
         _fail(f"x must be float32 or float16 of rank 1 or more, got {x}")
-    if weight.dtype not in (DType.INT4, DType.INT8) or len(weight.shape) != 2:
-        _fail(f"the weight must be int4 or int8 of rank 2, got {weight}")
+    if weight.dtype not in (DType.INT2, DType.INT4, DType.INT8) or len(weight.shape) != 2:
+        _fail(f"the weight must be int2, int4 or int8 of rank 2, got {weight}")
     n, k = weight.shape
     if x.shape[-1] != k:
         _fail(f"x has {x.shape[-1]} columns, the weight {weight} has {k}")
@@ -259,8 +259,8 @@ def _variants(
     few = few_rows(Case(packing, m, x, scale, bias, residual, zeros, attributes.epilogue, scheme, capabilities))
     choices: list[tuple[str, Choice]] = []
     most = 2 if few else None
-    if zeros:
-        pass  # The kernels of matrix units have no zero points of weights.
+    if zeros or packing.few_bits:
+        pass  # The kernels of matrix units have neither.
     elif scheme is None:
         choices = float_choices(m, packing, x.dtype, capabilities)[:most]
     else:
@@ -464,7 +464,7 @@ def _product(
 register(
     Operator(
         name="quantized_linear",
-        summary="linear with int4 or int8 weights, in groups or per channel, and perhaps dynamic int8 activations",
+        summary="linear with int2, int4 or int8 weights, per group or channel, and perhaps dynamic int8 activations",
         infer=_infer,
         reference=_reference,
         kernels=_kernels,

@@ -287,7 +287,7 @@ def few_rows(case: Case) -> Variants:
     capabilities, packing, m = case.capabilities, case.packing, case.m
     if capabilities.kind == "cpu" or capabilities.tier < 1 or not capabilities.shuffle:
         return ()
-    if packing.half_groups and packing.bits == 4:
+    if packing.few_bits or (packing.half_groups and packing.bits == 4):
         return ()
     found = [(name, gemv_kernels(case, gemv)) for name, gemv in {gemv.name: gemv for gemv in _gemvs(case)}.items()]
     skinnies = [(skinny.name, skinny_kernels(case, skinny)) for skinny in _skinnies(case)]

@@ -62,6 +62,11 @@ class Packing:
     def nbytes(self) -> int:
         return self.n * self.columns * self.bits // 8
 
+    @property
+    def few_bits(self) -> bool:
+        """Less than the kernels of matrix units take."""
+        return self.bits == 2
+
     def rows(self, m: int, dtype: DType) -> Rows:
         """The copy of x that meets the weight; it says nothing of groups where they are not spread."""
         spread_out = self.pitch != self.group and self.groups > 1
@@ -85,15 +90,16 @@ class Packing:
         return padded
 
     def pack(self, weight: Array) -> Array:
-        """int8 [n, k] to bytes [n, columns · bits / 8]; see quantized_linear.slang for the order of nibbles."""
+        """int8 [n, k] to bytes [n, columns · bits / 8]; see quantized_linear.slang for the order in a word."""
         padded = self.pad(weight)
         if self.bits == 8:
             return np.ascontiguousarray(padded)
-        # Four columns a word: the even words' nibbles go low, the odd words' high.
+        # Four columns a word; so many words share one: the first goes to the lowest bits of each byte.
         words = np.ascontiguousarray(padded).view(np.uint32)
-        packed: Array = words[:, 1::2] & np.uint32(0x0F0F0F0F)
-        packed <<= np.uint32(4)
-        packed |= words[:, 0::2] & np.uint32(0x0F0F0F0F)
+        count, mask = 8 // self.bits, np.uint32(0x01010101 * ((1 << self.bits) - 1))
+        packed: Array = words[:, 0::count] & mask
+        for place in range(1, count):
+            packed |= (words[:, place::count] & mask) << np.uint32(self.bits * place)
         return packed
 
     def takes(self, fragment: Fragment) -> bool:

@@ -26,7 +26,7 @@ def present(inputs: Types) -> tuple[TensorType, ...]:
     for slot, type in enumerate(inputs):
         expect(type is not None, f"input {slot} is missing")
         assert type is not None
-        expect(type.dtype is not DType.INT4, f"input {slot} is int4, which only weights can be")
+        expect(not type.dtype.packed, f"input {slot} is {type.dtype.value}, which only weights can be")
         result.append(type)
     return tuple(result)
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from torchvk.errors import TorchVkError, UnsupportedError
-from torchvk.graph import DType, Graph
+from torchvk.graph import Graph
 from torchvk.ops import Arg, Capabilities, Dispatch, Layout, choose_kernels, get
 from torchvk.ops.fusion import fuse
 from torchvk.ops.operator import PART_ALIGNMENT
@@ -270,8 +270,8 @@ def _add_outputs(draft: _Draft, staged: bool) -> tuple[int, ...]:
     result: list[int] = []
     for tensor in draft.graph.outputs:
         declared = draft.graph.tensors[tensor]
-        if declared.dtype is DType.INT4:
-            raise UnsupportedError(f"output {declared.name!r} is int4, which cannot leave the device")
+        if declared.dtype.packed:
+            raise UnsupportedError(f"output {declared.name!r} is {declared.dtype.value}, which cannot leave the device")
         source = draft.of(tensor)
         if draft.storages[source].kind == "arena" and not staged:
             draft.storages[source] = replace(draft.storages[source], kind="output")

@@ -4,10 +4,13 @@ Each pattern is a function ``match(node, source) -> Match | None`` that raises
 :class:`~torchvk.lowering.refusal.Refused` for nodes that are its own but that torchvk does not run.
 """
 
-from torchvk.lowering.patterns import quantized_linear
+from torchvk.lowering.patterns import quantized_embedding, quantized_linear
 from torchvk.lowering.patterns.match import Match
 
 # (match, nodes that share the fate of a refused one)
-PATTERNS = ((quantized_linear.match, quantized_linear.chain),)
+PATTERNS = (
+    (quantized_linear.match, quantized_linear.chain),
+    (quantized_embedding.match, quantized_embedding.chain),
+)
 
 __all__ = ["PATTERNS", "Match"]

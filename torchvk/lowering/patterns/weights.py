@@ -29,7 +29,10 @@ DEQUANTIZE = (TORCHAO, PER_CHANNEL, PER_CHANNEL_GROUP, *PER_TENSOR)
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``w = (data - zero_point) * scale``; one scale for every ``block`` of elements, in row-major order of blocks."""
+    """``w = (data - zero_point) * scale``; one scale for every ``block`` of elements, in row-major order of blocks.
+
+    packed: 8, or the bits of an integer where ExecuTorch's embeddings have several in a byte, as unsigned numbers.
+    """
 
     data: Node
     scale: Node | float
@@ -38,11 +41,12 @@ class QuantizedWeight:
     quant_min: int
     quant_max: int
     where: str
+    packed: int = 8
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.data.meta["val"].shape
-        return rows, columns
+        return rows, columns * (8 // self.packed)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -52,7 +56,8 @@ class QuantizedWeight:
     @property
     def middle(self) -> int:
         """What is subtracted from unsigned integers and their zero points, so that they are signed."""
-        return 1 << max(self.quant_max.bit_length() - 1, 0) if self.data.meta["val"].dtype == torch.uint8 else 0
+        signed = self.data.meta["val"].dtype == torch.int8 or self.packed < 8
+        return 0 if signed else 1 << max(self.quant_max.bit_length() - 1, 0)
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -72,16 +77,9 @@ def read_weight(node: Node, source: Source) -> QuantizedWeight:
     """
     given = arguments(node, lambda operand: operand)
     data = given["input"]
-    if not source.is_constant(data):
-        raise Refused(f"its quantized weight {data.name} is not a constant")
-    if data.meta["val"].dim() != 2:
-        raise Refused(f"its quantized weight has {data.meta['val'].dim()} dimensions: only matrices are supported")
-    stored = data.meta["val"].dtype
-    if stored not in (torch.int8, torch.uint8):
-        raise Refused(f"its weight is stored as {stored}: torch.int8 and torch.uint8 are supported")
-    rows, columns = data.meta["val"].shape
     name = operator_name(node)
     scale, zero_point = given.get("scale", given.get("scales")), given.get("zero_point", given.get("zero_points"))
+    rows, columns = shape if len(shape := tuple(data.meta["val"].shape)) == 2 else (1, 1)
     if name == TORCHAO:
         block = tuple(given["block_size"])
     elif name == PER_CHANNEL:
@@ -90,14 +88,35 @@ def read_weight(node: Node, source: Source) -> QuantizedWeight:
         block = (1, given["group_size"])
     else:
         block = (rows, columns)
+    low, high = given["quant_min"], given["quant_max"]
+    if low is None or high is None:
+        low, high = (-128, 127) if data.meta["val"].dtype == torch.int8 else (0, 255)
+    return described(node, data, scale, zero_point, block, (low, high), source)
+
+
+def described(
+    node: Node,
+    data: Node,
+    scale: Node | float,
+    zero_point: Node | int | None,
+    block: tuple[int, ...],
+    limits: tuple[int, int],
+    source: Source,
+    packed: int = 8,
+) -> QuantizedWeight:
+    """The weight that ``node`` dequantizes, if it is a constant matrix; raises as :func:`read_weight`."""
+    if not source.is_constant(data):
+        raise Refused(f"its quantized weight {data.name} is not a constant")
+    if data.meta["val"].dim() != 2:
+        raise Refused(f"its quantized weight has {data.meta['val'].dim()} dimensions: only matrices are supported")
+    stored = data.meta["val"].dtype
+    if stored not in (torch.int8, torch.uint8):
+        raise Refused(f"its weight is stored as {stored}: torch.int8 and torch.uint8 are supported")
     for operand in (scale, zero_point):
         if isinstance(operand, Node) and not source.is_constant(operand):
             raise Refused(f"{operand.name}, which quantizes its weight, is not a constant")
-    low, high = given["quant_min"], given["quant_max"]
-    if low is None or high is None:
-        low, high = (-128, 127) if stored == torch.int8 else (0, 255)
-    where = module_path(node) or data.name
-    weight = QuantizedWeight(data, scale, zero_point, (int(block[0]), int(block[1])), int(low), int(high), where)
+    where, size = module_path(node) or data.name, (int(block[0]), int(block[1]))
+    weight = QuantizedWeight(data, scale, zero_point, size, int(limits[0]), int(limits[1]), where, packed)
     _check_blocks(weight)
     return weight
 
@@ -121,14 +140,14 @@ def _check_blocks(weight: QuantizedWeight) -> None:
 
 
 def check_weight(weight: QuantizedWeight, source: Source) -> DType:
-    """INT4 or INT8, as the weight will be stored; raises :class:`Refused` for a scheme that torchvk does not run."""
+    """INT2, INT4 or INT8, as the weight will be stored; raises :class:`Refused` for what torchvk does not run."""
     low, high = weight.limits
     if not -128 <= low <= high <= 127:
         raise Refused(f"weights quantized to {weight.quant_min}…{weight.quant_max} are not supported: 8 bits are")
     for value in source.candidates(weight.zero_point) if isinstance(weight.zero_point, Node) else []:
         if value.is_floating_point() and not bool((value == value.round()).all()):
             raise Refused("the zero points of its weight are not integers")
-    return DType.INT4 if low >= -8 and high <= 7 else DType.INT8
+    return next(dtype for dtype in (DType.INT2, DType.INT4, DType.INT8) if max(-low - 1, high) < 1 << (dtype.bits - 1))
 
 
 def weight_values(
@@ -182,6 +201,10 @@ def weight_values(
 
 def _integers(weight: QuantizedWeight, data: Array) -> Array:
     """Signed, in int16."""
+    if weight.packed == 4:
+        data = np.stack([data >> 4, data & 15], -1).reshape(weight.shape).astype(np.int16) - 8
+    elif weight.packed == 2:
+        data = np.stack([data >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(weight.shape).astype(np.int16) - 2
     if data.size and not (weight.quant_min <= data.min() and data.max() <= weight.quant_max):
         raise wrong(
             weight.where,
