@@ -33,11 +33,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What :meth:`Method.measure` gives: seconds on the device, a number a run, and what a run consists of."""
+    """What :meth:`Method.measure` gives: seconds on the device, a number a run, and what a run consists of.
+
+    ``arena_bytes``: device memory for what lies between the operators, without weights, inputs and outputs.
+    """
 
     seconds: tuple[float, ...]
     dispatches: int
     barriers: int
+    arena_bytes: int = 0
 
     @property
     def median(self) -> float:

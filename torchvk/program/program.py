@@ -150,6 +150,7 @@ class Method:
             tuple(map(sum, zip(*(seconds for _, seconds in measured), strict=True))) or (0.0,) * repeats,
             sum(fact.dispatches for fact in facts),
             sum(fact.barriers for fact in facts),
+            sum(fact.arena_bytes for fact in facts),
         )
 
     def _profile_steps(self, checked: list[Any], as_torch: bool) -> list[Record]:
