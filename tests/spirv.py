@@ -128,8 +128,8 @@ def reflect(name: str) -> Module:
 # Vulkan 1.3 device.
 TIER_CAPABILITIES = {
     0: {1, 46, 61, 6018, 6019, 5345},
-    # + GroupNonUniformArithmetic, Float16, StorageBuffer16BitAccess
-    1: {63, 9, 4433},
+    # + GroupNonUniformArithmetic, Float16, 16-bit access to storage (and uniform, which Slang asks for) buffers
+    1: {63, 9, 4433, 4434},
     # + CooperativeMatrixKHR, VulkanMemoryModelDeviceScope, Int16, Int8, StorageBuffer8BitAccess
     2: {6022, 5346, 22, 39, 4448},
 }

@@ -1,4 +1,4 @@
-"""Dynamic quantization of activations: the formulas of torchao and PT2E, and the dispatches that carry them out.
+"""Quantized activations: the formulas of torchao and PT2E, and the dispatches that carry them out.
 
 x [M, K] becomes integers q with a scale and a zero point a row: x ≈ (q − zero point) · scale. The formulas are those
 of ``torchao.quantization.quant_primitives`` (``_choose_qparams_affine``, ``_quantize_affine_no_dtype_cast``) and of
@@ -29,13 +29,14 @@ from torchvk.ops.operator import (
     Array,
     Capabilities,
     Dispatch,
+    Layout,
     grid,
     read,
     scratch_read,
     scratch_write,
 )
 
-Activation = Literal["none", "dynamic_per_token", "dynamic_per_tensor"]
+Activation = Literal["none", "dynamic_per_token", "dynamic_per_tensor", "static"]
 Formulas = Literal["torchao", "pt2e"]
 
 
@@ -75,6 +76,35 @@ class Scheme:
         if self.formula == 1 or (self.formula == 2 and self.symmetric):
             return float(np.float32(self.eps))
         return float(dtype.numpy.type(self.eps))
+
+
+@dataclass(frozen=True)
+class Static:
+    """Activations that are 8-bit integers: one scale and zero point for all, known when the file is made.
+
+    The zero point is that of signed integers: uint8 is taken for int8 by subtracting 128 from both.
+    """
+
+    scale: float
+    zero_point: int
+    unsigned: bool
+
+    @staticmethod
+    def of(scale: float, zero_point: int, dtype: DType) -> Static:
+        unsigned = dtype is DType.UINT8
+        return Static(scale, zero_point - 128 if unsigned else zero_point, unsigned)
+
+    @property
+    def per_token(self) -> bool:
+        return False
+
+    @property
+    def centered(self) -> bool:
+        return self.zero_point == 0
+
+    def integers(self, x: Array) -> Array:
+        """x less its zero point, float64."""
+        return np.asarray(x.astype(np.float64) - (self.zero_point + (128 if self.unsigned else 0)))
 
 
 def quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
@@ -167,6 +197,60 @@ class Rows:
         aligned = self.k % 4 == 0 and self.group % 4 == 0
         formula, symmetric = (0, False) if scheme is None else (scheme.formula, scheme.symmetric)
         return (local_size, self.dtype is DType.FLOAT16, aligned, formula, symmetric, floats)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Quantized rows of x for an integer kernel: the integers, a scale and zero point a row, and what makes them."""
+
+    values: Arg
+    qparams: Arg
+    dispatches: tuple[Dispatch, ...]
+    scratch: tuple[int, ...]
+
+
+def activations(
+    rows: Rows,
+    x: int,
+    constant: int,
+    scheme: Scheme | Static,
+    capabilities: Capabilities,
+    *,
+    floats: bool,
+    texels: bool,
+) -> Activations:
+    """Input ``x`` as :func:`quantization` gives it. ``constant``: any constant input of the node."""
+    if isinstance(scheme, Scheme):
+        dispatches, scratch = quantization(rows, x, scheme, capabilities, floats=floats, texels=texels)
+        return Activations(scratch_read(0, texels=texels), scratch_read(1, texels=texels), dispatches, scratch)
+    qparams = read(constant, _same_rows(rows.m, scheme), texels=texels)
+    if not floats and not scheme.unsigned and rows.columns == rows.k:
+        return Activations(read(x, texels=texels), qparams, (), ())
+    size = rows.m * rows.columns * (4 if floats else 1)
+    quads = rows.m * rows.columns // 4
+    aligned = rows.k % 4 == 0 and rows.group % 4 == 0
+    local_size = LANES if texels else capabilities.local_size
+    spreading = Dispatch(
+        "spread_bytes_lanes" if texels else "spread_bytes",
+        (read(x, texels=texels), scratch_write(0)),
+        grid(quads, capabilities, local_size),
+        (local_size, scheme.unsigned, floats, aligned),
+        struct.pack("<5Ii", quads, rows.k, rows.columns, rows.group, rows.pitch, scheme.zero_point),
+        bytes=rows.m * rows.k + size,
+    )
+    return Activations(scratch_read(0, texels=texels), qparams, (spreading,), (size,))
+
+
+def _same_rows(m: int, scheme: Static) -> Layout:
+    """One scale and zero point for each row, as constants; a whole number of texels."""
+
+    def pack(constant: Array) -> Array:
+        result = np.empty((m + m % 2, 2), np.int32)
+        result[:, 0] = np.float32(scheme.scale).view(np.int32)
+        result[:, 1] = scheme.zero_point
+        return result
+
+    return Layout(f"static_rows_{m}_{scheme.scale!r}_{scheme.zero_point}", pack)
 
 
 def quantization(

@@ -10,6 +10,9 @@ Against eager mode, which dequantizes and multiplies matrices: float32 models di
 alone. float16 models there round every dequantized weight and activation to float16. Matrix units take weights rounded
 like that; other kernels do not round them: each product may differ from eager's by 2^-10 of itself (twice half a unit
 of 11 bits), so y by 2^-10 · Σ |x · w| and its own rounding.
+
+Static activations are 8-bit integers already, with one scale and zero point for all. Results may leave as 8-bit
+integers, too (torchvk.ops.requantization).
 """
 
 from __future__ import annotations
@@ -42,16 +45,23 @@ from torchvk.ops.operator import (
     read,
     register,
     scratch_read,
-    scratch_write,
-    write,
 )
-from torchvk.ops.quantization import LANES, Activation, Formulas, Scheme, quantization, quantize, reads_texels
+from torchvk.ops.quantization import (
+    LANES,
+    Activation,
+    Formulas,
+    Scheme,
+    Static,
+    activations,
+    quantize,
+    reads_texels,
+)
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.quantized_linear_gemv import Case, few_rows
 from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
 from torchvk.ops.quantized_linear_matrix import weight_sums
 from torchvk.ops.quantized_packing import UNIT, Packing, pitch_of
-from torchvk.ops.rounding import round_to_half
+from torchvk.ops.requantization import EightBits, Requantization, Storing, check_parameters, storing
 from torchvk.ops.rows import stacked, whole_rows
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)
@@ -67,7 +77,10 @@ class QuantizedLinearAttributes:
     """group_size: input channels that share a scale; it divides K, and is K for one scale an output channel.
 
     activation: "none" leaves x as it is (weight only); "dynamic_per_token" and "dynamic_per_tensor" quantize it to
-    int8 at run time with the formulas of torchvk.ops.quantization, which say what the other attributes mean.
+    int8 at run time with the formulas of torchvk.ops.quantization, which say what the other attributes mean. "static":
+    x is int8 or uint8 and stands for (x − input_zero_point) · input_scale.
+    dtype: of float results, if x is integers. output_dtype: None for float results; else they are quantized to that,
+    with output_scale and output_zero_point, and limited to output_min … output_max.
     epilogue: the function that follows the product and the bias; a residual, if there is one, is added to that.
     """
 
@@ -79,12 +92,25 @@ class QuantizedLinearAttributes:
     eps: float = float(np.finfo(np.float32).tiny)
     qparams: Formulas = "torchao"
     epilogue: Epilogue = "none"
+    input_scale: float = 1.0
+    input_zero_point: int = 0
+    dtype: DType = DType.FLOAT32
+    output_dtype: EightBits | None = None
+    output_scale: float = 1.0
+    output_zero_point: int = 0
+    output_min: int = -128
+    output_max: int = 127
 
-    @property
-    def scheme(self) -> Scheme | None:
+    def scheme(self, x: TensorType) -> Scheme | Static | None:
         if self.activation == "none":
             return None
+        if self.activation == "static":
+            return Static.of(self.input_scale, self.input_zero_point, x.dtype)
         return Scheme(self.activation, self.symmetric, self.quant_min, self.quant_max, self.eps, self.qparams)
+
+    def floats(self, x: TensorType) -> DType:
+        """The dtype of float results, of the bias and the residual."""
+        return self.dtype if self.activation == "static" else x.dtype
 
 
 def _fail(message: str) -> NoReturn:
@@ -108,8 +134,12 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
     x, weight, scale, bias, residual = _operands(inputs)
     zero_point = _zero_point(inputs)
     floats = (DType.FLOAT32, DType.FLOAT16)
-    if x.dtype not in floats or not x.shape:
-        _fail(f"x must be float32 or float16 of rank 1 or more, got {x}")
+    static = attributes.activation == "static"
+    if x.dtype not in ((DType.INT8, DType.UINT8) if static else floats) or not x.shape:
+        _fail(f"x must be {'int8 or uint8' if static else 'float32 or float16'} of rank 1 or more, got {x}")
+    result = attributes.floats(x)
+    if result not in floats:
+        _fail(f"results must be float32 or float16, not {result.value}")
     if weight.dtype not in (DType.INT2, DType.INT4, DType.INT8) or len(weight.shape) != 2:
         _fail(f"the weight must be int2, int4 or int8 of rank 2, got {weight}")
     n, k = weight.shape
@@ -123,16 +153,22 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
         _fail(f"the scale must be float32 or float16 {[n, k // attributes.group_size]}, got {scale}")
     if zero_point is not None and (zero_point.dtype is not DType.INT8 or zero_point.shape != scale.shape):
         _fail(f"the zero point of the weight must be int8 {[*scale.shape]}, got {zero_point}")
-    if bias is not None and (bias.dtype not in (DType.FLOAT32, x.dtype) or bias.shape != (n,)):
-        _fail(f"the bias must be float32 or {x.dtype.value} {[n]}, got {bias}")
-    if attributes.scheme is not None:
+    if bias is not None and (bias.dtype not in (DType.FLOAT32, result) or bias.shape != (n,)):
+        _fail(f"the bias must be float32 or {result.value} {[n]}, got {bias}")
+    if static:
+        check_parameters("input", attributes.input_scale, attributes.input_zero_point, x.dtype)
+    elif attributes.activation != "none":
         if not -128 <= attributes.quant_min < attributes.quant_max <= 127:
             _fail(f"activations of [{attributes.quant_min}, {attributes.quant_max}] are not int8")
         if not (math.isfinite(attributes.eps) and attributes.eps >= 0):
             _fail(f"eps must be a number of 0 or more, got {attributes.eps}")
-    output = TensorType(x.dtype, (*x.shape[:-1], n))
+    output = TensorType(result, (*x.shape[:-1], n))
     if residual is not None and residual != output:
         _fail(f"the residual must be of the result's type {output}, got {residual}")
+    requantization = Requantization.of(attributes)
+    if requantization is not None:
+        requantization.check()
+        output = TensorType(requantization.dtype, output.shape)
     return (output,)
 
 
@@ -155,12 +191,19 @@ def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None
 
 
 def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
-    """As eager mode: dequantize both to x's dtype, multiply matrices in float32, round."""
+    """As eager mode: dequantize both to x's dtype, multiply matrices in float32, round. Integers exactly."""
     x, weight, scale, bias, residual, zero_point = (*inputs, None, None, None)[:6]
     assert x is not None
     assert weight is not None
     assert scale is not None
     n, k = weight.shape
+    output = Requantization.of(attributes)
+    if attributes.activation == "static":
+        y = _static_product(attributes, x, weight, scale, zero_point)
+        if bias is not None:
+            y = y + bias.astype(np.float32)
+        y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
+        return (y.astype(attributes.dtype.numpy) if output is None else output.apply(y),)
     with np.errstate(all="ignore"):
         grouped = weight.reshape(n, -1, attributes.group_size).astype(np.float32)
         if zero_point is not None:
@@ -168,15 +211,31 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
         grouped *= scale[..., None].astype(np.float32)
         w = grouped.reshape(n, k).astype(x.dtype).astype(np.float32)
         rows = x.reshape(-1, k)
-        scheme = attributes.scheme
-        if scheme is not None:
+        scheme = attributes.scheme(TensorType(DType.of(x.dtype), x.shape))
+        if isinstance(scheme, Scheme):
             q, row_scale, zero_point = quantize(rows, scheme)
             rows = ((q - zero_point).astype(np.float32) * row_scale).astype(x.dtype)
         y = rows.astype(np.float32) @ w.T
         if bias is not None:
             y = y + bias.astype(np.float32)
         y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
-        return (y.astype(x.dtype),)
+        return (y.astype(x.dtype) if output is None else output.apply(y),)
+
+
+def _static_product(
+    attributes: QuantizedLinearAttributes, x: Array, weight: Array, scale: Array, zero_point: Array | None
+) -> Array:
+    """Float32 [m, n] of exact sums a group."""
+    n, k = weight.shape
+    static = Static.of(attributes.input_scale, attributes.input_zero_point, DType.of(x.dtype))
+    size = attributes.group_size
+    rows = static.integers(x.reshape(-1, k)).reshape(-1, k // size, size)
+    groups = weight.reshape(n, -1, size).astype(np.float64)
+    if zero_point is not None:
+        groups -= zero_point[..., None]
+    sums = np.einsum("mgk,ngk->mng", rows, groups, optimize=True)
+    y: Array = (sums.astype(np.float32) * scale.astype(np.float32)).sum(axis=-1, dtype=np.float32)
+    return y * np.float32(attributes.input_scale)
 
 
 @dataclass(frozen=True)
@@ -254,9 +313,12 @@ def _variants(
         return (("nothing", Kernels(())),)
     packing = Packing.of(weight, attributes.group_size)
     m = math.prod(x.shape[:-1])
-    scheme = attributes.scheme
+    scheme = attributes.scheme(x)
     zeros = _zero_point(inputs) is not None
-    few = few_rows(Case(packing, m, x, scale, bias, residual, zeros, attributes.epilogue, scheme, capabilities))
+    output, result = Requantization.of(attributes), attributes.floats(x)
+    few = few_rows(
+        Case(packing, m, x, scale, bias, residual, zeros, attributes.epilogue, scheme, result, output, capabilities)
+    )
     choices: list[tuple[str, Choice]] = []
     most = 2 if few else None
     if zeros or packing.few_bits:
@@ -297,13 +359,14 @@ def _with_rest(
         """The operands with so many rows of x."""
         of_rows = [TensorType(x.dtype, (rows, packing.k)), *inputs[1:]]
         if residual is not None:
-            of_rows[RESIDUAL] = TensorType(x.dtype, (rows, packing.n))
+            of_rows[RESIDUAL] = TensorType(residual.dtype, (rows, packing.n))
         return of_rows
 
     # Activations are quantized for all; a kernel that reads something else is no part of this.
     before = Kernels(everything.dispatches[:-1], everything.scratch)
     row_bytes = {("input", X): x.nbytes // m}
-    row_bytes |= dict.fromkeys((("input", RESIDUAL), ("output", 0)), packing.n * x.dtype.bits // 8)
+    row_bytes[("output", 0)] = _infer(attributes, inputs)[0].nbytes // m
+    row_bytes[("input", RESIDUAL)] = packing.n * attributes.floats(x).bits // 8
     row_bytes |= {("scratch", i): size // m for i, size in enumerate(everything.scratch[:2])}
     tiles = _chosen(attributes, some(whole), packing, whole, choice, capabilities).dispatches[-1]
     outputs = _infer(attributes, some(m - whole))
@@ -344,32 +407,38 @@ def _chosen(
 ) -> Kernels:
     """All dispatches around the chosen kernel."""
     x, _, scale, bias, residual = _operands(inputs)
-    scheme = attributes.scheme
+    scheme = attributes.scheme(x)
     dispatches: tuple[Dispatch, ...] = ()
     scratch: tuple[int, ...] = ()
-    source = read(X, texels=choice.texels)
+    source, qparams = read(X, texels=choice.texels), None
     rows = packing.rows(m, x.dtype)
     half_x = False
     if scheme is not None:
-        dispatches, scratch = quantization(rows, X, scheme, capabilities, floats=choice.texels, texels=choice.texels)
-        source = scratch_read(0, texels=choice.texels)
+        quantized = activations(rows, X, SCALE, scheme, capabilities, floats=choice.texels, texels=choice.texels)
+        source, qparams = quantized.values, quantized.qparams
+        dispatches, scratch = quantized.dispatches, quantized.scratch
     elif packing.columns != packing.k or (choice.texels and x.dtype is DType.FLOAT16):
         dispatch, size = spread(rows, X, capabilities, texels=choice.texels)
         dispatches, scratch = (dispatch,), (size,)
         source = scratch_read(0, texels=choice.texels)
     else:
         half_x = x.dtype is DType.FLOAT16
-    # With an odd number of columns neighbouring rows share words of halves: float32 first, then a pass that rounds.
-    detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
-    out = scratch_write(len(scratch)) if detour else write(0)
+    result, output = attributes.floats(x), Requantization.of(attributes)
+    own = _bytes_at_once(choice, scheme is not None)
     ending = epilogue_constants(attributes.epilogue, residual)
     zeros = _zero_point(inputs) is not None
-    main = _product(packing, choice, m, x, scale, bias, zeros, ending, scheme, source, out, half_x, capabilities)
-    dispatches = (*dispatches, main)
-    if detour:
-        dispatches = (*dispatches, round_to_half(m * packing.n, len(scratch), capabilities))
-        scratch = (*scratch, 4 * m * packing.n)
-    return Kernels(dispatches, scratch)
+    stored = storing(m, packing.n, result, output, own, len(scratch), capabilities)
+    main = _product(
+        packing, choice, m, x, scale, bias, zeros, ending, scheme, source, qparams, stored, half_x, capabilities
+    )
+    return Kernels((*dispatches, main, *stored.after), (*scratch, *stored.scratch))
+
+
+def _bytes_at_once(choice: Choice, integers: bool) -> int:
+    """Neighbouring 8-bit results that a thread of the kernel stores at once; 0 if it cannot."""
+    if choice.texels or (choice.matrix and integers):
+        return 2
+    return 4 if choice.kernel.startswith("quantized_gemm_blocked_integer") else 0
 
 
 def _product(
@@ -381,9 +450,10 @@ def _product(
     bias: TensorType | None,
     zeros: bool,
     ending: tuple[int, int],
-    scheme: Scheme | None,
+    scheme: Scheme | Static | None,
     source: Arg,
-    out: Arg,
+    qparams: Arg | None,
+    stored: Storing,
     half_x: bool,
     capabilities: Capabilities,
 ) -> Dispatch:
@@ -403,7 +473,7 @@ def _product(
         scheme is not None,
         packing.half_groups,
         bias_code,
-        x.dtype is DType.FLOAT16 and out.role == "output",
+        stored.code,
         *ending,
     )
     if texels:
@@ -437,7 +507,7 @@ def _product(
         constants = (*shared, half_x, half_scale, min(m, 4), 1, ends, whole, bitwise, zeros)
     # Products of float16 matrices have no binding for the rows' scales and zero points.
     without = choice.matrix and scheme is None
-    rows_qparams = () if without else (weights if scheme is None else scratch_read(1, texels=texels),)
+    rows_qparams = () if without else (weights if qparams is None else qparams,)
     x_bytes = m * packing.columns * (4 if texels or (scheme is None and not half_x) else 2 if half_x else 1)
     return Dispatch(
         kernel=choice.kernel,
@@ -448,15 +518,16 @@ def _product(
             scales,
             weights if bias is None else read(BIAS, texels=texels),
             *rows_qparams,
-            out,
+            stored.out,
             read(RESIDUAL) if ending[1] else weights_as_words,
             *((weights if packing.groups > 1 else read(WEIGHT, weight_sums(packing)),) if integer_matrix else ()),
             *(() if choice.matrix else (read(ZERO_POINT, zero_layout, texels) if zeros else weights,)),
         ),
         groups=grid(tiles, capabilities, 1),
         constants=constants,
-        push=struct.pack("<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles_n, tiles),
-        bytes=x_bytes + packing.nbytes + scale.nbytes + m * packing.n * x.dtype.bits // 8,
+        push=struct.pack("<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles_n, tiles)
+        + stored.push,
+        bytes=x_bytes + packing.nbytes + scale.nbytes + m * packing.n * (4, 2, 1)[stored.code],
         flops=2 * m * packing.n * packing.k,
     )
 
@@ -464,7 +535,8 @@ def _product(
 register(
     Operator(
         name="quantized_linear",
-        summary="linear with int2, int4 or int8 weights, per group or channel, and perhaps dynamic int8 activations",
+        summary="linear with int2, int4 or int8 weights, per group or channel, and perhaps 8-bit activations (dynamic or "
+        "static) and results",
         infer=_infer,
         reference=_reference,
         kernels=_kernels,
@@ -472,6 +544,6 @@ register(
         attributes=QuantizedLinearAttributes,
         support=_support,
         constant_inputs=frozenset({WEIGHT, SCALE, BIAS, ZERO_POINT}),
-        dtypes=(DType.FLOAT32, DType.FLOAT16),
+        dtypes=(DType.FLOAT32, DType.FLOAT16, DType.INT8, DType.UINT8),
     )
 )

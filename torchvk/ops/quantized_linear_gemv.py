@@ -26,11 +26,9 @@ from torchvk.ops.operator import (
     grid,
     read,
     scratch_read,
-    scratch_write,
-    write,
 )
-from torchvk.ops.quantization import Scheme, quantization, spreading
-from torchvk.ops.rounding import round_to_half
+from torchvk.ops.quantization import Activations, Scheme, Static, activations, spreading
+from torchvk.ops.requantization import Requantization, storing
 
 if TYPE_CHECKING:
     from torchvk.ops.quantized_packing import Packing
@@ -68,7 +66,9 @@ class Case:
     residual: TensorType | None
     zeros: bool  # whether the weights have zero points
     epilogue: Any
-    scheme: Scheme | None
+    scheme: Scheme | Static | None
+    result: DType  # of float results
+    output: Requantization | None
     capabilities: Capabilities
 
     @property
@@ -126,11 +126,11 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     sums = rows * columns * gemv.split
     if 16 * staged + 4 * sums + 2048 + 12 > capabilities.shared_memory:
         return None
-    dispatches, scratch, source = _activations(case, gemv.mode)
+    operand = _activations(case, gemv.mode)
     scheme = case.scheme
     scales = read(SCALE, scale_layout(packing.n, packing.groups, case.scale.dtype, gemv.columns(rows)))
     quantizing: tuple[int | float, ...] = (0, False, 0, 0, 0.0, 1)
-    if scheme is not None:
+    if isinstance(scheme, Scheme):
         smallest = float(scheme.smallest(case.x.dtype))
         quantizing = (
             scheme.formula,
@@ -148,9 +148,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     tiles = -(-packing.n // columns)
     constants = (*constants, *quantizing, case.zeros)
     zeros = read(ZERO_POINT, zero_layout(packing.n, packing.groups, gemv.columns(rows))) if case.zeros else scales
-    return _finish(
-        case, dispatches, scratch, source, kernel, gemv.local_size, scales, constants, (columns, tiles), (scales, zeros)
-    )
+    return _finish(case, operand, kernel, gemv.local_size, scales, constants, (columns, tiles), (scales, zeros))
 
 
 def scale_layout(n: int, groups: int, dtype: DType, columns: int) -> Layout:
@@ -178,24 +176,22 @@ def zero_layout(n: int, groups: int, columns: int) -> Layout:
     return Layout(f"quantized_zero_blocks_{columns}_{n}_{groups}", pack)
 
 
-def _activations(case: Case, mode: Mode) -> tuple[tuple[Dispatch, ...], tuple[int, ...], Arg]:
-    """Dispatches and scratch that bring x into the form that the kernel reads."""
+def _activations(case: Case, mode: Mode) -> Activations:
+    """x in the form that the kernel reads, and what brings it there."""
     rows = case.packing.rows(case.m, case.x.dtype)
     if mode == "integer":
         assert case.scheme is not None
-        dispatches, scratch = quantization(rows, X, case.scheme, case.capabilities, floats=False, texels=False)
-        return dispatches, scratch, scratch_read(0)
+        return activations(rows, X, SCALE, case.scheme, case.capabilities, floats=False, texels=False)
+    weights = read(WEIGHT, case.packing.layout)  # a stand-in for what is not there
     if mode == "float" and not case.direct:
         dispatch, size = spreading(rows, X, case.capabilities, texels=False)
-        return (dispatch,), (size,), scratch_read(0)
-    return (), (), read(X)
+        return Activations(scratch_read(0), weights, (dispatch,), (size,))
+    return Activations(read(X), weights, (), ())
 
 
 def _finish(
     case: Case,
-    dispatches: tuple[Dispatch, ...],
-    scratch: tuple[int, ...],
-    source: Arg,
+    operand: Activations,
     kernel: str,
     local_size: int,
     scales: Arg,
@@ -206,8 +202,7 @@ def _finish(
     """With the product, whose kernel has the bindings and constants of quantized_linear.slang and some more."""
     packing, m, x = case.packing, case.m, case.x
     weights = read(WEIGHT, packing.layout)
-    # With an odd number of columns neighbouring rows share words of halves: float32 first, then a pass that rounds.
-    detour = x.dtype is DType.FLOAT16 and packing.n % 2 == 1
+    stored = storing(m, packing.n, case.result, case.output, 2, len(operand.scratch), case.capabilities)
     ending = epilogue_constants(case.epilogue, case.residual)
     bias_code = 0 if case.bias is None else 1 if case.bias.dtype is DType.FLOAT32 else 2
     shared = (local_size, packing.bits, case.scheme is not None, packing.half_groups, bias_code)
@@ -215,27 +210,25 @@ def _finish(
         kernel=kernel,
         # Every binding needs a buffer: what is absent is replaced by one that is there, and not read.
         buffers=(
-            source,
+            operand.values,
             weights,
             scales,
             weights if case.bias is None else read(BIAS),
-            scratch_read(1) if len(scratch) > 1 else weights,
-            scratch_write(len(scratch)) if detour else write(0),
+            operand.qparams,
+            stored.out,
             read(RESIDUAL) if ending[1] else weights,
             *more,
         ),
         groups=grid(tiles[1], case.capabilities, 1),
-        constants=(*shared, x.dtype is DType.FLOAT16 and not detour, *ending, *constants),
+        constants=(*shared, stored.code, *ending, *constants),
         push=struct.pack(
             "<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles[0], tiles[1]
-        ),
-        bytes=x.nbytes + packing.nbytes + case.scale.nbytes + m * packing.n * x.dtype.bits // 8,
+        )
+        + stored.push,
+        bytes=x.nbytes + packing.nbytes + case.scale.nbytes + m * packing.n * (4, 2, 1)[stored.code],
         flops=2 * m * packing.n * packing.k,
     )
-    if not detour:
-        return Kernels((*dispatches, product), scratch)
-    rounding = round_to_half(m * packing.n, len(scratch), case.capabilities)
-    return Kernels((*dispatches, product, rounding), (*scratch, 4 * m * packing.n))
+    return Kernels((*operand.dispatches, product, *stored.after), (*operand.scratch, *stored.scratch))
 
 
 @dataclass(frozen=True)
@@ -271,7 +264,7 @@ def skinny_kernels(case: Case, skinny: Skinny) -> Kernels | None:
         or local_size > capabilities.max_workgroup_invocations
     ):
         return None
-    dispatches, scratch, source = _activations(case, "float" if skinny.half else "integer")
+    operand = _activations(case, "float" if skinny.half else "integer")
     kind = "half" if skinny.half else "integer"
     shape = "x".join(map(str, (*skinny.shape, skinny.lanes)))
     kernel = f"skinny_{kind}_{shape}_{'x'.join(map(str, skinny.tile))}"
@@ -279,7 +272,7 @@ def skinny_kernels(case: Case, skinny: Skinny) -> Kernels | None:
         kernel += "_one"
     constants = (case.scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, one_group, skinny.split)
     tiles = (1, -(-packing.n // skinny.tile[1]))
-    return _finish(case, dispatches, scratch, source, kernel, local_size, read(SCALE), constants, tiles)
+    return _finish(case, operand, kernel, local_size, read(SCALE), constants, tiles)
 
 
 def few_rows(case: Case) -> Variants:
@@ -308,7 +301,8 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
     modes: list[Mode] = ["float"]
     if scheme is not None:
         # The range of one row is that of the tensor.
-        modes = ["quantize", "integer"] if m == 1 and case.direct else ["integer"]
+        fused = m == 1 and case.direct and isinstance(scheme, Scheme)
+        modes = ["quantize", "integer"] if fused else ["integer"]
     limit = min(case.capabilities.max_workgroup_invocations, case.capabilities.max_workgroup_size[0])
     # Teams as wide as a row, if that is no wider than 16 subgroups.
     width = -(-case.pieces // lanes)

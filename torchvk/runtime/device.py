@@ -35,6 +35,7 @@ OPTIONAL = (
     "shaderInt16",
     "shaderInt64",
     "storageBuffer16BitAccess",
+    "uniformAndStorageBuffer16BitAccess",
     "storageBuffer8BitAccess",
     "shaderFloat16",
     "shaderInt8",
@@ -46,7 +47,7 @@ OPTIONAL = (
     "computeFullSubgroups",
     "cooperativeMatrix",
 )
-TIER_1 = ("shaderFloat16", "storageBuffer16BitAccess")
+TIER_1 = ("shaderFloat16", "storageBuffer16BitAccess", "uniformAndStorageBuffer16BitAccess")
 TIER_2 = (
     "cooperativeMatrix",
     "vulkanMemoryModel",

@@ -9,13 +9,15 @@ from torchvk.lowering.passes.fold import fold_constants, fold_parameters
 from torchvk.lowering.passes.linear import fuse_linear
 from torchvk.lowering.passes.qdq import drop_pairs, requantize
 from torchvk.lowering.passes.quantized_conv import move_weights, quantize_conv
+from torchvk.lowering.passes.quantized_linear import fuse_quantized_linear
 from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
 # Quantized operators before constants are folded, which would make floats of quantized weights.
 PASSES = (
-    *(simplify_views, fold_parameters, drop_pairs, move_weights, fuse_conv, quantize_conv, requantize),
+    *(simplify_views, fold_parameters, drop_pairs, move_weights, fuse_conv),
+    *(quantize_conv, fuse_quantized_linear, requantize),
     *(fuse_attention, fuse_linear, fuse_epilogue, fuse_sums),
     *(fold_constants, share, remove_dead),
 )

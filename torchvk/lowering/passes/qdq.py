@@ -98,6 +98,24 @@ def static_input(rewriter: Rewriter, value: Value | None, dtypes: tuple[DType, .
     return Static(quantized, *parameters)
 
 
+VIEWS = ("reshape", "permute", "expand")
+
+
+def static_view(rewriter: Rewriter, value: Value | None, dtypes: tuple[DType, ...] = EIGHT_BITS) -> Static | None:
+    """As :func:`static_input`, also where views come between: they are emitted again, of the quantized value."""
+    views: list[Call] = []
+    while (call := rewriter.made.get(value) if value is not None else None) is not None and call.op in VIEWS:
+        views.append(call)
+        value = call.inputs[0]
+    static = static_input(rewriter, value, dtypes)
+    if static is None:
+        return None
+    quantized = static.quantized
+    for call in reversed(views):
+        quantized = rewriter.op(call.op, quantized, like=call, attributes=call.attributes)
+    return replace(static, quantized=quantized)
+
+
 def constant_weight(rewriter: Rewriter, value: Value | None) -> QuantizedConstant | None:
     """The constants that ``value`` is dequantized from."""
     call = rewriter.producer(value, "dequantize")

@@ -42,7 +42,7 @@ def parameters(
             raise Refused(f"its scales are {scale.dtype.value}")
         _expect_blocks(t, scale, shape, "scales")
         _check_scales(t, scale.array)
-        factor = t.reshape(scale, shape)
+        factor = _shaped(t, scale, shape)
     else:
         _check_scales(t, np.array(scale))
         factor = t.constant(np.full(tuple(shape), scale, np.float32))
@@ -57,7 +57,15 @@ def parameters(
         raise Refused("its zero points are floating-point numbers: only integers are supported")
     _expect_blocks(t, zero_point, shape, "zero points")
     _check_zero_points(t, zero_point.array, limits)
-    return factor, t.cast(t.reshape(zero_point, shape), DType.INT32)
+    return factor, t.cast(_shaped(t, zero_point, shape), DType.INT32)
+
+
+def _shaped(t: Translator, value: Value, shape: Sequence[int]) -> Value:
+    """Constants at once: the passes that look for quantized operands come before constants are folded."""
+    if value.array is None:
+        return t.reshape(value, shape)
+    array = value.array if value.dtype.is_float else value.array.astype(np.int32)
+    return t.constant(array.reshape(shape))
 
 
 Bound = Value | float | None
