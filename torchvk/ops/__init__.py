@@ -7,10 +7,12 @@ from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise
 from torchvk.ops import indexing as indexing
 from torchvk.ops import linear as linear
+from torchvk.ops import lookup as lookup
 from torchvk.ops import movement as movement
 from torchvk.ops import normalization as normalization
 from torchvk.ops import pooling as pooling
 from torchvk.ops import quantize as quantize
+from torchvk.ops import quantized_arithmetic as quantized_arithmetic
 from torchvk.ops import quantized_conv as quantized_conv
 from torchvk.ops import quantized_embedding as quantized_embedding
 from torchvk.ops import quantized_linear as quantized_linear

@@ -87,13 +87,18 @@ def _parameters(call: Call) -> tuple[float, int] | None:
     return None if scale is None or zero is None else (float(scale), int(zero))
 
 
-def static_input(rewriter: Rewriter, value: Value | None, dtypes: tuple[DType, ...] = EIGHT_BITS) -> Static | None:
-    """What ``value`` is dequantized from, if that is per tensor, with constants, and not itself a constant."""
+def static_input(
+    rewriter: Rewriter, value: Value | None, dtypes: tuple[DType, ...] = EIGHT_BITS, constants: bool = False
+) -> Static | None:
+    """What ``value`` is dequantized from, if that is per tensor and with constant parameters.
+
+    Constants that are dequantized are none, unless ``constants`` asks for them.
+    """
     call = rewriter.producer(value, "dequantize")
     if call is None or call.inputs[0] is None:
         return None
     quantized, parameters = call.inputs[0], _parameters(call)
-    if parameters is None or quantized.constant or quantized.dtype not in dtypes:
+    if parameters is None or quantized.dtype not in dtypes or (quantized.constant and not constants):
         return None
     return Static(quantized, *parameters)
 
@@ -147,7 +152,7 @@ def weight_constant(weight: QuantizedConstant) -> Value:
 def output_of(call: Call) -> Output | None:
     """What a quantize call makes of its input, if that is per tensor, with constants, to 8 bits."""
     parameters = _parameters(call)
-    if parameters is None or call.attributes.dtype not in EIGHT_BITS:
+    if parameters is None or parameters[0] <= 0 or call.attributes.dtype not in EIGHT_BITS:
         return None
     attributes = call.attributes
     return Output(attributes.dtype, *parameters, attributes.quant_min, attributes.quant_max)

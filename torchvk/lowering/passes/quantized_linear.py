@@ -56,27 +56,45 @@ def _linear(
     static = None if operands is None else static_view(rewriter, x)
     if operands is None or static is None:
         return None
-    data, scale = operands
+    data, scale, zero_point = operands
     attributes = {
         "group_size": data.shape[1] // scale.shape[1],
         "activation": "static",
         "dtype": call.outputs[0].dtype,
         **static.attributes("input"),
     }
-    return rewriter.op("quantized_linear", static.quantized, data, scale, bias, like=call, attributes=attributes)
+    inputs = (static.quantized, data, scale, bias, None, zero_point)
+    return rewriter.op("quantized_linear", *inputs, like=call, attributes=attributes)
 
 
-def weight_operands(weight: QuantizedConstant, transposed: bool) -> tuple[Value, Value] | None:
-    """Weight [N, K] (int4 if it fits) and scale [N, groups] of a matrix that may be stored as [K, N]."""
-    if len(weight.data.shape) != 2 or weight.data.dtype != np.int8 or weight.zero_point is not None:
+def weight_operands(weight: QuantizedConstant, transposed: bool) -> tuple[Value, Value, Value | None] | None:
+    """Weight [N, K] (int4 if it fits), scale and perhaps zero point [N, groups] of a matrix that may lie as [K, N].
+
+    None for what ``quantized_linear`` does not take. Zero points go into the integers where these have room.
+    """
+    if len(weight.data.shape) != 2 or weight.data.dtype not in (np.int8, np.uint8) or not weight.data.size:
         return None
-    data, scale = (_turned(each, transposed) for each in (weight.data, weight.scale))
-    if scale.shape[0] not in (1, data.shape[0]) or 0 in data.shape:
+    middle = 128 if weight.data.dtype == np.uint8 else 0
+    data, scale = (
+        _turned(weight.data, transposed).astype(np.int16) - np.int16(middle),
+        _turned(weight.scale, transposed),
+    )
+    zeros = np.zeros(scale.shape, np.int64) if weight.zero_point is None else _turned(weight.zero_point, transposed)
+    zeros = zeros.astype(np.int64) - middle
+    (n, k), (rows, groups) = data.shape, scale.shape
+    if rows not in (1, n) or zeros.min() < -128 or zeros.max() > 127:
         return None
-    scale = np.ascontiguousarray(np.broadcast_to(scale, (data.shape[0], scale.shape[1])))
+    scale, zeros = (np.ascontiguousarray(np.broadcast_to(each, (n, groups))) for each in (scale, zeros))
+    folded = data - np.repeat(zeros, k // groups, axis=1)
+    plain = folded.min() >= -128 and folded.max() <= 127
+    data = folded if plain else data
     small = data.min() >= -8 and data.max() <= 7
     name = weight.value.name
-    return constant(data, name, DType.INT4 if small else DType.INT8), constant(scale, f"{name}_scale")
+    return (
+        constant(np.ascontiguousarray(data.astype(np.int8)), name, DType.INT4 if small else DType.INT8),
+        constant(scale, f"{name}_scale"),
+        None if plain else constant(zeros.astype(np.int8), f"{name}_zero_point"),
+    )
 
 
 def _turned(array: Array, transposed: bool) -> Array:

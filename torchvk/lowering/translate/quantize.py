@@ -32,8 +32,8 @@ def parameters(
     """Scale and zero point as tensors of ``shape``.
 
     Raises:
-        ArgumentError: a wrong number of them, or, as far as values are known, a scale that is not positive and
-            finite, or a zero point outside of ``limits``: a model that was not calibrated, or is damaged.
+        ArgumentError: a wrong number of them, or, as far as values are known, a scale that is zero or not finite,
+            or a zero point outside of ``limits``: a model that was not calibrated, or is damaged.
     """
     if scale is None:
         raise Refused("it has no scale")
@@ -97,7 +97,7 @@ def _check_scales(t: Translator, scales: Array | None) -> None:
         return
     with np.errstate(all="ignore"):
         rounded = scales.astype(np.float32)
-        wrong = scales[~(np.isfinite(rounded) & (rounded > 0))]
+        wrong = scales[~np.isfinite(rounded) | (rounded == 0)]
     if wrong.size:
         raise _bad(t, f"the scale {wrong.ravel()[0]} divides nothing. Was the model calibrated, with finite values?")
 
