@@ -101,12 +101,18 @@ class QuantizedLinearAttributes:
     output_min: int = -128
     output_max: int = 127
 
-    def scheme(self, x: TensorType) -> Scheme | Static | None:
-        if self.activation == "none":
+    @property
+    def scheme(self) -> Scheme | None:
+        """How activations are quantized at run time, if they are."""
+        if self.activation == "none" or self.activation == "static":
             return None
+        return Scheme(self.activation, self.symmetric, self.quant_min, self.quant_max, self.eps, self.qparams)
+
+    def integers(self, x: TensorType) -> Scheme | Static | None:
+        """How activations are, or become, integers; None if they stay floats."""
         if self.activation == "static":
             return Static.of(self.input_scale, self.input_zero_point, x.dtype)
-        return Scheme(self.activation, self.symmetric, self.quant_min, self.quant_max, self.eps, self.qparams)
+        return self.scheme
 
     def floats(self, x: TensorType) -> DType:
         """The dtype of float results, of the bias and the residual."""
@@ -211,8 +217,8 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
         grouped *= scale[..., None].astype(np.float32)
         w = grouped.reshape(n, k).astype(x.dtype).astype(np.float32)
         rows = x.reshape(-1, k)
-        scheme = attributes.scheme(TensorType(DType.of(x.dtype), x.shape))
-        if isinstance(scheme, Scheme):
+        scheme = attributes.scheme
+        if scheme is not None:
             q, row_scale, zero_point = quantize(rows, scheme)
             rows = ((q - zero_point).astype(np.float32) * row_scale).astype(x.dtype)
         y = rows.astype(np.float32) @ w.T
@@ -313,7 +319,7 @@ def _variants(
         return (("nothing", Kernels(())),)
     packing = Packing.of(weight, attributes.group_size)
     m = math.prod(x.shape[:-1])
-    scheme = attributes.scheme(x)
+    scheme = attributes.integers(x)
     zeros = _zero_point(inputs) is not None
     output, result = Requantization.of(attributes), attributes.floats(x)
     few = few_rows(
@@ -407,7 +413,7 @@ def _chosen(
 ) -> Kernels:
     """All dispatches around the chosen kernel."""
     x, _, scale, bias, residual = _operands(inputs)
-    scheme = attributes.scheme(x)
+    scheme = attributes.integers(x)
     dispatches: tuple[Dispatch, ...] = ()
     scratch: tuple[int, ...] = ()
     source, qparams = read(X, texels=choice.texels), None
