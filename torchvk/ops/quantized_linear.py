@@ -541,7 +541,7 @@ def _product(
 register(
     Operator(
         name="quantized_linear",
-        summary="linear with int2, int4 or int8 weights, per group or channel, and perhaps 8-bit activations (dynamic or "
+        summary="linear with int2, int4 or int8 weights, per group or channel, perhaps 8-bit activations (dynamic or "
         "static) and results",
         infer=_infer,
         reference=_reference,
