@@ -60,7 +60,7 @@ def test_tiles_keep_the_contract(tiles: Any) -> None:
             assert contract_errors(dispatch, capabilities) == []
             assert dispatch.kernel == tiles.kernel(k == group)
             assert dispatch.constants[0] == tiles.threads
-            *_, tiles_n, count = struct.unpack("<7I", dispatch.push)
+            *_, tiles_n, count = struct.unpack_from("<7I", dispatch.push)
             assert tiles_n * tiles.tile_n >= n > (tiles_n - 1) * tiles.tile_n
             assert count == tiles_n * -(-m // tiles.tile_m) == np.prod(dispatch.groups)
     little = replace(capabilities, shared_memory=tiles.shared_memory - 1)
