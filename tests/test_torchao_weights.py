@@ -6,11 +6,15 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
 from torchao.quantization.quant_api import (
     FqnToConfig,
+    Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     quantize_,
 )
@@ -19,6 +23,7 @@ from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm
 from torchao.utils import unwrap_tensor_subclass
 
 from tests.edge import Lowered, compare, lower_module
+from torchvk.errors import ArgumentError
 
 BITS = {bits: getattr(torch, f"int{bits}") for bits in range(1, 9)}
 STORED = {1: "int2", 2: "int2", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"}
@@ -144,3 +149,121 @@ def test_embeddings_of_every_width(rng: np.random.Generator) -> None:
     assert (stored["layers.packed8"], stored["layers.packed4"], stored["layers.packed2"]) == ("int8", "int4", "int2")
     # Lookups are exact, the linear's sums are not.
     check(lowered, module, ids)
+
+
+def static(granularity: Any, zero_point: int | None) -> Int8StaticActivationInt8WeightConfig:
+    asymmetric = zero_point is not None
+    return Int8StaticActivationInt8WeightConfig(
+        act_quant_scale=torch.full((1, 1), 0.04),
+        act_quant_zero_point=torch.full((1, 1), zero_point, dtype=torch.int8) if asymmetric else None,
+        granularity=[PerTensor(), granularity],
+        act_mapping_type=MappingType.ASYMMETRIC if asymmetric else MappingType.SYMMETRIC,
+        set_inductor_config=False,
+    )
+
+
+def test_int8_tensors() -> None:
+    """The configurations of torchao whose layers multiply integers themselves, by ``_int_mm``."""
+    asymmetric = {"act_mapping_type": MappingType.ASYMMETRIC, "set_inductor_config": False}
+    configs: dict[str, Any] = {
+        "rows": Int8WeightOnlyConfig(set_inductor_config=False),
+        "tensor": Int8WeightOnlyConfig(granularity=PerTensor(), set_inductor_config=False),
+        "groups": Int8WeightOnlyConfig(granularity=PerGroup(32), set_inductor_config=False),
+        "dynamic": Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+        "dynamic_asymmetric": Int8DynamicActivationInt8WeightConfig(**asymmetric),
+        "dynamic_narrow": Int8DynamicActivationInt8WeightConfig(reduce_range=True, **asymmetric),
+        "dynamic_tensor": Int8DynamicActivationInt8WeightConfig(granularity=PerTensor(), set_inductor_config=False),
+        "static": static(PerTensor(), None),
+        "static_asymmetric": static(PerRow(), 9),
+    }
+    torch.manual_seed(0)
+    layers = {name: torch.nn.Linear(64, 12, bias=name != "dynamic") for name in configs}
+    module = Linears(layers)  # type: ignore[arg-type]
+    quantize_(module, FqnToConfig({f"layers.{name}": config for name, config in configs.items()}), filter_fn=None)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        expected = module(x)  # by torchao's integer products
+    unwrap_tensor_subclass(module)
+    lowered = lower_module(module, (x,))
+    assert not lowered.cpu
+    assert lowered.operators()["quantized_linear"] >= 7  # all but the static ones
+    for device in ("reference", None):
+        compare(lowered.run(x, device=device), expected, TOLERANCE)
+
+
+def test_degenerate_weights_and_activations() -> None:
+    """All zeros, constant, and one huge outlier: row by row what eager gives."""
+    torch.manual_seed(0)
+    layers, configs = {}, {}
+    for kind in ("zeros", "constant", "outlier"):
+        for config in (
+            IntxWeightOnlyConfig(torch.int4, PerGroup(32), MappingType.ASYMMETRIC),
+            Int8DynamicActivationIntxWeightConfig(torch.int2, PerAxis(0)),
+        ):
+            name = f"{kind}_{type(config).__name__}"
+            layers[name], configs[name] = torch.nn.Linear(64, 6), config
+            with torch.no_grad():
+                weight = layers[name].weight
+                if kind == "outlier":
+                    weight[2, 5] = 1e6
+                else:
+                    weight.fill_(0 if kind == "zeros" else -0.75)
+    module = quantized(Linears(layers), configs)  # type: ignore[arg-type]
+    x = torch.stack([torch.randn(64), torch.zeros(64), torch.full((64,), 3.0), torch.randn(64)])
+    x[3, 7] = -1e5
+    lowered = lower_module(module, (x,))
+    assert lowered.operators() == {"quantized_linear": 6}
+    with torch.no_grad():
+        expected = module(x)
+    for device in ("reference", None):
+        for output, wanted in zip(lowered.run(x, device=device), expected, strict=True):
+            compare(list(output), list(wanted), TOLERANCE)
+
+
+class Damaged(torch.nn.Module):
+    """A linear whose weight [6, 32] of 4 bits in groups of 16 is wrong in one way."""
+
+    def __init__(self, damage: str) -> None:
+        super().__init__()
+        self.damage = damage
+        self.register_buffer("q", torch.randint(-8, 8, (6, 32), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(6, 2) + 0.1)
+        self.register_buffer("zero", torch.zeros(6, 2, dtype=torch.int8))
+        for name, value in {"integers": ("q", 9), "zero points": ("zero", -9)}.items():
+            if damage == name:
+                self.get_buffer(value[0])[3, 1] = value[1]
+        if damage in ("0.0", "nan"):
+            self.scale[5, 1] = float(damage)  # type: ignore[index, operator]
+        if damage == "channels":
+            self.scale = torch.rand(5)
+        if damage == "groups":
+            self.q, self.scale = self.q.view(torch.uint8), torch.rand(6, 3)  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.damage == "channels":
+            w = QD.dequantize_per_channel(self.q, self.scale, None, 0, -8, 7, torch.int8)
+        elif self.damage == "groups":
+            ids = x[:, 0].to(torch.int64)
+            lookup: torch.Tensor = QD.embedding_4bit(self.q, self.scale, None, -8, 7, ids)
+            return lookup
+        else:
+            w = torch.ops.torchao.dequantize_affine(self.q, [1, 16], self.scale, self.zero, torch.int8, -8, 7)
+        return torch.nn.functional.linear(x, w)
+
+
+DAMAGES = {
+    "integers": r"integers from -?\d+ to 9, but is declared to be quantized to -8…7",
+    "zero points": r"zero points reach from -9 to 0, outside of the declared -8…7",
+    "0.0": r"1 of its 12 scales are zero or not finite \(0\.0\)",
+    "nan": r"not finite \(nan\)",
+    "channels": r"its scale has 5 values, but its shape \[6, 32\] in blocks of \[1, 32\] needs 6",
+    "groups": r"blocks of \[1, 21\] do not divide its shape \[6, 64\]; choose a group size",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights(damage: str) -> None:
+    """An error that names the module, never a wrong program."""
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(Damaged(damage)))
+    with pytest.raises(ArgumentError, match=rf"quantized weight of 1\.0 is damaged: .*{DAMAGES[damage]}"):
+        lower_module(model, (torch.rand(3, 32),))

@@ -19,6 +19,7 @@ from torchvk.lowering.backend import TorchVkBackend
 from torchvk.lowering.options import CompileOptions
 from torchvk.lowering.source import Source
 from torchvk.partitioner.choice import Choice
+from torchvk.partitioner.integer_products import simplify_products
 from torchvk.partitioner.out_variants import declare_out_variants
 from torchvk.partitioner.report import Refusal, refusals
 from torchvk.partitioner.stages import partitions
@@ -69,9 +70,9 @@ class VulkanPartitioner(Partitioner):  # type: ignore[misc]  # executorch is unt
         self.claimed = 0
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Called by exir first, with the real program; changes nothing."""
+        """Called by exir first, with the real program."""
         self._parameters.remember(exported_program)
-        return exported_program
+        return simplify_products(exported_program)
 
     def ops_to_not_decompose(
         self, ep: ExportedProgram
