@@ -94,6 +94,7 @@ CASES = {
     "odd channels": Convolution(1, (4, 5), (2, 3), (1, 1), (1, 1), (2, 1), 1, 97, 11),
     "odd groups": Convolution(1, (7,), (3,), (1,), (2,), (1,), 3, 5, 7),
     "groups": Convolution(1, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1), 2, 16, 8),
+    "many channels": Convolution(2, (6, 7), (3, 3), (2, 1), (1, 1), (1, 1), 2, 32, 36),
     "depthwise": Convolution(2, (7, 9), (3, 3), (2, 1), (1, 1), (1, 1), 32, 1, 1),
     "depthwise, dilated": Convolution(1, (9, 9), (5, 5), (1, 1), (4, 4), (2, 2), 20, 1, 1),
     "depthwise with multiplier": Convolution(1, (5, 5), (3, 3), (1, 1), (0, 0), (1, 1), 6, 1, 3),

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchvk.graph import DType, TensorType
+from torchvk.ops.conv_kernels import Case, float_kernels
 from torchvk.ops.convolution import Geometry, convolve, output_shape, reason_against
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.operator import (
     Array,
     Capabilities,
-    Dispatch,
     Kernels,
     Operator,
     Types,
     Variants,
     expect,
-    grid,
     read,
     register,
-    write,
 )
 
 X, WEIGHT, BIAS, RESIDUAL = range(4)
@@ -78,53 +76,19 @@ def _reference(attributes: ConvAttributes, inputs: Sequence[Array | None]) -> tu
         return (apply_epilogue(attributes.epilogue, y, residual).astype(x.dtype),)
 
 
-@dataclass(frozen=True)
-class Case:
-    """All that the choice of kernels asks."""
-
-    geometry: Geometry
-    dtype: DType
-    bias: bool
-    ending: tuple[int, int]
-
-    @staticmethod
-    def of(attributes: ConvAttributes, inputs: Types, outputs: Sequence[TensorType]) -> Case:
-        x, weight, bias, residual = (*inputs, None, None)[:4]
-        assert x is not None
-        assert weight is not None
-        geometry = Geometry.of(attributes, x, weight, outputs[0])
-        return Case(geometry, x.dtype, bias is not None, epilogue_constants(attributes.epilogue, residual))
-
-    @property
-    def half(self) -> bool:
-        return self.dtype is DType.FLOAT16
-
-    @property
-    def nbytes(self) -> int:
-        g = self.geometry
-        return (g.x_elements + g.y_elements + g.outputs * g.k) * self.dtype.bits // 8
-
-
-def _direct(case: Case, capabilities: Capabilities) -> Kernels:
-    """A thread a word of the result: right for everything."""
-    units = -(-case.geometry.y_elements // (2 if case.half else 1))
-    stand_in = read(WEIGHT)
-    dispatch = Dispatch(
-        "conv_direct_f16" if case.half else "conv_direct_f32",
-        (
-            read(X),
-            read(WEIGHT),
-            read(BIAS) if case.bias else stand_in,
-            write(),
-            read(RESIDUAL) if case.ending[1] else stand_in,
-        ),
-        grid(units, capabilities),
-        (capabilities.local_size, case.bias, *case.ending, case.geometry.depthwise),
-        case.geometry.push() + bytes(16),
-        bytes=case.nbytes,
-        flops=case.geometry.flops,
+def _case(attributes: ConvAttributes, inputs: Types, outputs: Sequence[TensorType]) -> Case:
+    x, weight, bias, residual = (*inputs, None, None)[:4]
+    assert x is not None
+    assert weight is not None
+    return Case(
+        Geometry.of(attributes, x, weight, outputs[0]),
+        x.dtype,
+        lambda texels: read(WEIGHT, texels=texels),
+        None if bias is None else BIAS,
+        x.dtype,
+        None if residual is None else RESIDUAL,
+        epilogue_constants(attributes.epilogue, residual),
     )
-    return Kernels((dispatch,))
 
 
 def _variants(
@@ -132,8 +96,7 @@ def _variants(
 ) -> Variants:
     if outputs[0].numel == 0:
         return (("nothing", Kernels(())),)
-    case = Case.of(attributes, inputs, outputs)
-    return (("direct", _direct(case, capabilities)),)
+    return tuple(float_kernels(_case(attributes, inputs, outputs), capabilities))
 
 
 def _kernels(

@@ -19,13 +19,14 @@ from typing import Protocol
 
 import numpy as np
 
-from torchvk.graph import TensorType
+from torchvk.graph import DType, TensorType
 from torchvk.ops.operator import Array, expect
 
 MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
 MAX_STEP = (1 << 16) - 1  # stride and input dilation share a word
 # lavapipe ends loops, silently, after 65535 iterations of all loops of a workgroup together.
 MAX_K = 60_000
+MAX_TAPS = 1024  # of a depthwise convolution: sums of 8-bit products are exact in float32
 
 
 class Sliding(Protocol):
@@ -154,6 +155,21 @@ class Geometry:
     def y_elements(self) -> int:
         return self.pixels * self.outputs
 
+    @property
+    def flat(self) -> bool:
+        """At most two dimensions, which most kernels are for."""
+        return self.size[0] == self.kernel[0] == self.output[0] == 1 and self.before[0] == 0
+
+    def strips(self, vector: int, pixels: int) -> tuple[int, int]:
+        """Strips of so many pixels of a row of y, and all of them times vectors of so many channels."""
+        across = -(-self.output[2] // pixels)
+        return across, self.images * self.output[1] * across * (self.channels // vector)
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """Tiles of m pixels and n channels: side by side in a group, and all of them."""
+        tiles_n = -(-self.group_outputs // n)
+        return tiles_n, -(-self.pixels // m) * tiles_n * self.groups
+
     def push(self, tiles_n: int = 0, tiles: int = 0) -> bytes:
         """The push constants of convolution.slang, without the last 16 bytes."""
         steps = [stride | up << 16 for stride, up in zip(self.stride, self.up, strict=True)]
@@ -182,6 +198,27 @@ def reason_against(name: str, attributes: Sliding, x: TensorType, weight: Tensor
 
 def _reach(g: Geometry) -> tuple[tuple[int, ...], ...]:
     return g.before, g.dilation, g.kernel, g.stride, g.output
+
+
+LANES = 8  # of the kernels for CPUs
+
+
+def takes_vectors(geometry: Geometry, vector: int) -> bool:
+    """Whether conv_depthwise.slang is for it, with vectors of so many channels."""
+    g = geometry
+    plain = g.depthwise and g.outputs == g.channels and g.channels % vector == 0
+    return plain and g.flat and set(g.up) == {1} and g.taps <= MAX_TAPS
+
+
+def takes_lanes(geometry: Geometry, output: DType) -> bool:
+    """Whether conv_lanes.slang is for it: no two lanes may write one word."""
+    words = output is DType.FLOAT32 or geometry.group_outputs % 4 == 0
+    return not geometry.depthwise and geometry.flat and words
+
+
+def lanes_rows(geometry: Geometry) -> tuple[int, str]:
+    """The pixels that a workgroup of conv_lanes.slang computes, and the end of the kernel's name."""
+    return (16, "") if geometry.group_channels % 4 == 0 else (8, "_odd")
 
 
 def convolve(x: Array, weight: Array, attributes: Sliding, fill: float = 0) -> Array:

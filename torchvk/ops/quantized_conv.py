@@ -14,15 +14,28 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from torchvk.graph import DType, TensorType
 from torchvk.ops.codes import DTYPE, units
-from torchvk.ops.convolution import Geometry, convolve, is_depthwise, output_shape, reason_against
+from torchvk.ops.conv_kernels import Case as FloatCase
+from torchvk.ops.conv_kernels import float_kernels
+from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
+from torchvk.ops.convolution import (
+    LANES,
+    Geometry,
+    convolve,
+    is_depthwise,
+    lanes_rows,
+    output_shape,
+    reason_against,
+    takes_lanes,
+    takes_vectors,
+)
 from torchvk.ops.epilogue import EPILOGUES, Epilogue, apply_epilogue
 from torchvk.ops.operator import (
     Arg,
@@ -35,15 +48,21 @@ from torchvk.ops.operator import (
     Types,
     Variants,
     expect,
+    get,
     grid,
     read,
     register,
+    scratch_read,
+    scratch_write,
     write,
 )
+from torchvk.ops.quantization import reads_texels
+from torchvk.ops.quantize import DequantizeAttributes
 
 X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO = range(6)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 EIGHT_BITS = (DType.INT8, DType.UINT8)
+MIN_PIXELS = 32  # for which a weight is made floating-point as a whole
 ZERO_POINTS = (DType.INT32, DType.INT64, DType.INT8, DType.UINT8, DType.INT16)
 
 
@@ -165,31 +184,37 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
 @dataclass(frozen=True)
 class Packing:
     """The weight as kernels read it, int8: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the
-    last dimension padded with zeros to whole words of ``align`` elements."""
+    last dimension padded with zeros to whole words of ``align`` elements. ``flat``: rows [O, taps · C / groups]."""
 
     shape: tuple[int, ...]
     dtype: DType
     depthwise: bool
     align: int = 4
+    flat: bool = False
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape without padding."""
+        return (self.shape[0], math.prod(self.shape[1:])) if self.flat else self.shape
 
     @property
     def columns(self) -> int:
         """Elements of a row as it is packed."""
-        return -(-self.shape[-1] // self.align) * self.align
+        return -(-self.rows[-1] // self.align) * self.align
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.columns
+        return math.prod(self.rows[:-1]) * self.columns
 
     @property
     def layout(self) -> Layout | None:
-        if self.dtype is DType.INT8 and self.columns == self.shape[-1]:
+        if self.dtype is DType.INT8 and self.columns == self.rows[-1]:
             return None
-        return Layout(f"conv_weight_{self.dtype.value}_{self.columns}", self.pack)
+        return Layout(f"conv_weight_{self.dtype.value}_{self.columns}_{self.flat}", self.pack)
 
     def pack(self, weight: Array) -> Array:
-        packed = np.zeros((*self.shape[:-1], self.columns), np.int8)
-        packed[..., : self.shape[-1]] = weight
+        packed = np.zeros((*self.rows[:-1], self.columns), np.int8)
+        packed[..., : self.rows[-1]] = weight.reshape(self.rows)
         return packed
 
     @property
@@ -274,19 +299,75 @@ class Case:
         scales = (np.float32(a.input_scale), np.float32(1 / a.output_scale))
         return self.geometry.push(tiles_n, tiles) + struct.pack("<2f4h", *scales, *numbers)
 
+    def dispatch(
+        self,
+        kernel: str,
+        local_size: int,
+        groups: tuple[int, int, int],
+        work: tuple[int, int],
+        packing: Packing | None = None,
+        texels: bool = False,
+        more: tuple[int, ...] = (),
+    ) -> Dispatch:
+        """``work``: the tiles of a row of tiles, and all of them, as the kernel counts them. ``more``: specialization
+        constants from 10 on."""
+        return Dispatch(
+            kernel,
+            self.buffers(texels, packing),
+            groups,
+            (*self.constants(local_size), *((0,) if more else ()), *more),
+            self.push(*work),
+            bytes=self.nbytes,
+            flops=self.geometry.flops,
+        )
+
+
+def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
+    """Every plausible way by name, the default first."""
+    g, packing = case.geometry, case.packing
+    rows = replace(packing, align=16, flat=not g.depthwise)
+    texels = reads_texels(capabilities, case.x.nbytes, rows.nbytes)
+    if takes_vectors(g, 16):
+        work = g.strips(16, 2)
+        kernel = f"quantized_conv_depthwise{'_texels' if texels else ''}"
+        groups = grid(work[1], capabilities)
+        yield "depthwise", Kernels((case.dispatch(kernel, capabilities.local_size, groups, work, rows, texels),))
+    if texels and capabilities.shuffle and takes_lanes(g, case.y.dtype):
+        tile_m, odd = lanes_rows(g)
+        work = g.tiles(tile_m, 4 * LANES)
+        groups = grid(work[1], capabilities, 1)
+        yield "lanes", Kernels((case.dispatch(f"quantized_conv_lanes{odd}", LANES, groups, work, rows, texels),))
+    for tile in matrix_tiles(g, True, capabilities):
+        work = g.tiles(tile.m, tile.n)
+        groups = grid(work[1], capabilities, 1)
+        kernel = f"quantized_conv_matrix_{tile.name}"
+        dispatch = case.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(g))
+        yield f"matrix_{tile.name}", Kernels((dispatch,))
+
+
+def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
+    """The weight is made floating-point, in scratch memory, where that is little beside the convolution."""
+    g = case.geometry
+    if g.pixels < MIN_PIXELS or case.attributes.output_dtype is not None:
+        return
+    packing = replace(case.packing, align=1)
+    shape = (1,) * (len(case.weight.shape) - 1)
+    blocks = (*shape, g.outputs) if g.depthwise else (g.outputs, *shape)
+    types = [TensorType(DType.INT8, case.weight.shape), TensorType(scale.dtype, blocks)]
+    result = TensorType(case.x.dtype, case.weight.shape)
+    (made,) = get("dequantize").kernels(DequantizeAttributes(case.x.dtype), types, [result], capabilities).dispatches
+    first = replace(made, buffers=(read(WEIGHT, packing.layout), read(SCALE), read(SCALE), scratch_write(0)))
+    ending = (EPILOGUES.index(case.attributes.epilogue), 0)
+    bias = BIAS if case.bias else None
+    inner = FloatCase(g, case.x.dtype, lambda texels: scratch_read(0, texels), bias, DType.FLOAT32, None, ending)
+    for name, kernels in float_kernels(inner, capabilities):
+        yield name, Kernels((first, *kernels.dispatches), (result.nbytes, *kernels.scratch))
+
 
 def _direct(case: Case, capabilities: Capabilities) -> Kernels:
     """A thread a word of the result: right for everything."""
-    dispatch = Dispatch(
-        "quantized_conv_direct",
-        case.buffers(),
-        grid(units(case.y.numel, case.y.dtype), capabilities),
-        case.constants(capabilities.local_size),
-        case.push(),
-        bytes=case.nbytes,
-        flops=case.geometry.flops,
-    )
-    return Kernels((dispatch,))
+    groups = grid(units(case.y.numel, case.y.dtype), capabilities)
+    return Kernels((case.dispatch("quantized_conv_direct", capabilities.local_size, groups, (0, 0)),))
 
 
 def _variants(
@@ -295,7 +376,14 @@ def _variants(
     if outputs[0].numel == 0:
         return (("nothing", Kernels(())),)
     case = Case.of(attributes, inputs, outputs)
-    return (("direct", _direct(case, capabilities)),)
+    ways: Iterator[tuple[str, Kernels]]
+    if case.integer:
+        ways = _integer_kernels(case, capabilities)
+    else:
+        _, _, scale, *_ = _operands(inputs)
+        assert scale is not None
+        ways = ((f"{name}_of_floats", kernels) for name, kernels in _weight_only(case, scale, capabilities))
+    return (*ways, ("direct", _direct(case, capabilities)))
 
 
 def _kernels(
