@@ -290,7 +290,9 @@ def few_rows(case: Case) -> Variants:
 
 def _gemv_rows(case: Case) -> int:
     """Rows up to which the vector kernels are faster than the matrix kernels."""
-    return 8 if case.scheme is not None else 4
+    if case.scheme is None:
+        return 2
+    return 4 if case.packing.bits == 8 else 8
 
 
 def _gemvs(case: Case) -> Iterator[Gemv]:
