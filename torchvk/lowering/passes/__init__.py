@@ -13,6 +13,7 @@ from torchvk.lowering.passes.qdq import drop_pairs, requantize
 from torchvk.lowering.passes.quantized_conv import move_weights, quantize_conv
 from torchvk.lowering.passes.quantized_elementwise import fuse_quantized_elementwise
 from torchvk.lowering.passes.quantized_linear import fuse_quantized_linear
+from torchvk.lowering.passes.quantized_movement import move_integers
 from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 
@@ -20,7 +21,7 @@ from torchvk.lowering.passes.views import simplify_views
 # Quantized operators before constants are folded, which would make floats of quantized weights.
 PASSES = (
     *(simplify_views, fold_parameters, fuse_activations, move_permutes, simplify_views),
-    *(drop_pairs, move_weights, fuse_conv),
+    *(move_integers, drop_pairs, move_weights, fuse_conv),
     *(quantize_conv, fuse_quantized_linear, requantize, fuse_quantized_elementwise),
     *(fuse_attention, fuse_linear, fuse_epilogue, fuse_sums),
     *(fold_constants, share, remove_dead),

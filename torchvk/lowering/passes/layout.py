@@ -25,7 +25,7 @@ IMAGE = ("conv", "quantized_conv", "max_pool", "avg_pool", "adaptive_avg_pool", 
 QUANTIZE = ("quantize", "dequantize")
 UNARIES = (*UNARY, "cast")
 # Of operands that broadcast.
-ELEMENTWISE = (*UNARIES, *BINARY, "where", *QUANTIZE, "quantized_add", "quantized_sub", "quantized_mul")
+ELEMENTWISE = (*UNARIES, *BINARY, "where", *QUANTIZE, "quantized_arithmetic")
 # Of the first operand; the others are tables and the like.
 FIRST_ONLY = ("lookup",)
 RISING = (*UNARIES, *BINARY, *QUANTIZE, *FIRST_ONLY)
@@ -154,6 +154,8 @@ def _operands(
 def _elementwise(rewriter: Rewriter, call: Call, operands: list[Moved], dims: tuple[int, ...]) -> Value | None:
     if len(dims) != len(call.outputs[0].shape):
         return None
+    if call.op == "dequantize" and rewriter.producer(call.inputs[0], "reshape"):
+        return None  # passes/quantized_movement.py moves reshapes the other way
     if call.op in FIRST_ONLY:
         if not operands[0]:
             return None
