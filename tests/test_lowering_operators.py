@@ -375,7 +375,16 @@ def test_every_operator_can_be_reached() -> None:
     conv = {"conv": torch.nn.Conv1d(2, 3, 2)}
     attention = {"attention": lambda q: F.scaled_dot_product_attention(q, q + 1, q - 1)}
     # See test_lowering_quantized.py, test_quantizer_lowering.py and test_lowering_int8.py.
-    used = {"quantized_linear", "quantize", "dequantize", "quantized_avg_pool", "quantized_adaptive_avg_pool"}
+    used = {
+        "quantized_linear",
+        "quantize",
+        "dequantize",
+        "choose_qparams",
+        "lookup",
+        "quantized_arithmetic",
+        "quantized_avg_pool",
+        "quantized_adaptive_avg_pool",
+    }
     used |= {"quantized_conv"}  # see test_lowering_conv.py
     # Attention is known by its parts, which the configuration above would keep whole.
     used |= set(lower_module(Family(attention), (random(2, 3, 5, 8),)).operators())

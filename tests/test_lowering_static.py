@@ -156,3 +156,33 @@ def test_bad_parameters_are_errors_that_name_the_module() -> None:
     ):
         with pytest.raises(ArgumentError, match=rf"module '1'.*{words}"):
             lower_module(nn.Sequential(nn.Identity(), broken), (torch.randn(4, 6),))
+
+
+def test_dynamic_quantization_of_anything() -> None:
+    """PT2E's and torchao's chains of operators around something that has no integer kernel: exact as they stand."""
+    ao = torch.ops.torchao
+
+    def per_tensor(x: torch.Tensor) -> torch.Tensor:
+        scale, zero = QD.choose_qparams.tensor(x, 0, 255, 1e-5, torch.uint8)
+        q = QD.quantize_per_tensor.tensor(x, scale, zero, 0, 255, torch.uint8)
+        return QD.dequantize_per_tensor.tensor(q, scale, zero, 0, 255, torch.uint8)
+
+    def per_token(x: torch.Tensor) -> torch.Tensor:
+        scale, zero = QD.choose_qparams_per_token_asymmetric(x, torch.int8)
+        q = QD.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        return QD.dequantize_per_token(q, scale, zero, -128, 127, torch.int8, torch.float32)
+
+    def in_groups(x: torch.Tensor) -> torch.Tensor:
+        block = [1, 1, 4]
+        scale, zero = ao.choose_qparams_affine(x, "ASYMMETRIC", block, torch.int8, -128, 127, None, None, torch.int8)
+        q = ao.quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
+        return ao.dequantize_affine(q, block, scale, zero, torch.int8, -128, 127)
+
+    model = Function(lambda x: torch.sin(per_tensor(x)) + torch.cos(per_token(x)) + in_groups(x))
+    x = torch.randn(3, 7, 16)
+    lowered = lower_module(model, (x,))
+    assert not lowered.cpu, [str(refusal) for refusal in lowered.report]
+    assert {lowered.operators()[name] for name in ("choose_qparams", "quantize", "dequantize")} == {3}
+    for device in ("reference", None):
+        (y,) = lowered.run(x, device=device)
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-6)

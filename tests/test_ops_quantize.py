@@ -139,3 +139,48 @@ def test_what_makes_no_sense_is_refused() -> None:
     assert "shape" in str(words((1,)))
     assert "not a range" in str(words((1, 1), quant_max=200))
     assert "cannot quantize" in str(words((1, 1), dtype=float32))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("formula", "shape", "scales"),
+    [
+        *(("torchao", (3, 40), (3, 1)), ("torchao", (4, 6, 8), (2, 1, 4)), ("torchao", (5, 7), (1, 1))),
+        *(("pt2e", (3, 5, 70), (1, 1, 1)), ("pt2e", (90000,), (1,)), ("pt2e_token", (2, 5, 33), (2, 5, 1))),
+    ],
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_choose_qparams(
+    rng: np.random.Generator, formula: str, shape: tuple[int, ...], scales: tuple[int, ...], symmetric: bool, half: bool
+) -> None:
+    """Equal to eager mode's, of any blocks; a block of zeros, a constant one, and one with an infinity, too."""
+    x = (rng.standard_normal(shape) * rng.uniform(0.1, 9)).astype(np.float16 if half else np.float32)
+    if len(shape) > 1:
+        x[0], x[1] = (0, 2.5) if scales[0] > 1 else (x[0], x[1])
+    attributes = {"blocks": list(scales), "symmetric": symmetric, "quant_min": -128, "quant_max": 127}
+    attributes |= {"eps": float(np.finfo(x.dtype).tiny) if formula == "torchao" else 1e-5, "formula": formula}
+    given = torch.from_numpy(x)
+    if formula == "torchao":
+        from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
+
+        mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+        block = [a // b for a, b in zip(shape, scales, strict=True)]
+        want = choose_qparams_affine(given, mapping, block, torch.int8, -128, 127)
+    elif formula == "pt2e":
+        choose = QD.choose_qparams_symmetric if symmetric else QD.choose_qparams
+        want = choose.tensor(given, -128, 127, 1e-5, torch.int8)
+    elif symmetric:
+        want = QD.choose_qparams_per_token(given, torch.int8)
+    else:
+        attributes["eps"] = float(np.finfo(np.float32).eps)
+        want = QD.choose_qparams_per_token_asymmetric(given, torch.int8)
+    scale, zero_point = run_op("choose_qparams", attributes, [x])
+    operator = ops.get("choose_qparams")
+    reference = operator.reference(operator.attributes(**attributes), [x])
+    for got in ((scale, zero_point), reference):
+        np.testing.assert_array_equal(got[0].ravel(), want[0].numpy().astype(got[0].dtype).ravel())
+        np.testing.assert_array_equal(got[1].ravel(), want[1].numpy().ravel())
+    x.ravel()[-1] = np.inf
+    scale, zero_point = run_op("choose_qparams", attributes, [x])
+    assert np.isnan(scale.ravel()[-1])
+    assert zero_point.ravel()[-1] == 0

@@ -2,6 +2,7 @@
 
 # Importing a family registers its operators.
 from torchvk.ops import attention as attention
+from torchvk.ops import choose_qparams as choose_qparams
 from torchvk.ops import conv as conv
 from torchvk.ops import creation as creation
 from torchvk.ops import elementwise as elementwise

@@ -126,7 +126,7 @@ def _quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
     low = np.minimum(x.min(axis=axis, keepdims=True), x.dtype.type(0))
     high = np.maximum(x.max(axis=axis, keepdims=True), x.dtype.type(0))
     low, high = np.broadcast_to(low, (len(x), 1)), np.broadcast_to(high, (len(x), 1))
-    scale, zero_point = _choose(low, high, scheme)
+    scale, zero_point = choose(low, high, scheme)
     bad = ~np.isfinite(scale) | np.isnan(low) | np.isnan(high)
     scale = np.where(bad, scale.dtype.type(1), scale)
     zero_point = np.where(bad, 0, zero_point)
@@ -141,7 +141,7 @@ def _quantize(x: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
     return integers, np.where(bad, np.nan, scale).astype(np.float32), zero_point.astype(np.int32)
 
 
-def _choose(low: Array, high: Array, scheme: Scheme) -> tuple[Array, Array]:
+def choose(low: Array, high: Array, scheme: Scheme) -> tuple[Array, Array]:
     """Scale and zero point for ranges that hold zero."""
     dtype = low.dtype.type
     qmin, qmax = scheme.quant_min, scheme.quant_max

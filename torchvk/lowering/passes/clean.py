@@ -29,7 +29,24 @@ def share(draft: Draft) -> Draft:
         first = known.setdefault(key, call.outputs[0])
         return None if first is call.outputs[0] else first
 
-    return rewrite(draft, rule)
+    return rewrite(_share_several(draft), rule)
+
+
+def _share_several(draft: Draft) -> Draft:
+    """The same for operators with several results, which rules do not see."""
+    known: dict[object, Call] = {}
+    renamed: dict[Value, Value] = {}
+    calls = []
+    for old in draft.calls:
+        inputs = tuple(renamed.get(value, value) if value is not None else None for value in old.inputs)
+        call = Call(old.op, old.attributes, inputs, old.outputs, old.source)
+        if len(call.outputs) > 1:
+            first = known.setdefault((call.op, msgspec.msgpack.encode(call.attributes), tuple(map(id, inputs))), call)
+            if first is not call:
+                renamed.update(zip(call.outputs, first.outputs, strict=True))
+                continue
+        calls.append(call)
+    return Draft(list(draft.inputs), calls, [renamed.get(value, value) for value in draft.outputs])
 
 
 def _content(array: Array) -> bytes:

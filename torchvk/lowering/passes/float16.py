@@ -48,7 +48,7 @@ def to_float16(draft: Draft, keep_interface: bool = False) -> Draft:
             new.inputs.append(now(value))
     for call in draft.calls:
         kept = KEPT_INPUTS.get(call.op, set())
-        inputs = [v if v is None or slot in kept else now(v) for slot, v in enumerate(call.inputs)]
+        inputs = [v if v is None or (slot in kept and v.constant) else now(v) for slot, v in enumerate(call.inputs)]
         attributes = _attributes(call.op, call.attributes)
         outputs = new.emit(call.op, inputs, attributes, call.outputs[0].name, call.source)
         renamed.update(zip(call.outputs, outputs, strict=True))
@@ -76,7 +76,7 @@ def _clamped(array: Array) -> Array:
 
 def _attributes(op: str, attributes: Any) -> Any:
     plain = msgspec.to_builtins(attributes)
-    if op == "quantized_linear":
+    if op in ("quantized_linear", "choose_qparams"):
         # The smallest scale: with one that rounds to 0, rows of zeros would be quantized to 0 / 0.
         plain["eps"] = max(plain["eps"], SMALLEST)
     if plain.get("dtype") == DType.FLOAT32.value:

@@ -17,6 +17,7 @@ from torchvk.graph import DType
 from torchvk.lowering.draft import Array, Value
 from torchvk.lowering.refusal import Refused
 from torchvk.lowering.translate.registry import Translator, dim_of, torch_dtype, translates
+from torchvk.lowering.types import type_of
 from torchvk.ops.quantize import Formula
 
 Parameter = Value | float | int | None
@@ -349,3 +350,33 @@ def dequantize_affine(
         raise Refused(f"scalar type {dtype}")
     limits = bounds(quant_min, quant_max)
     return dequantized(t, input, parameters(t, scale, zero_point, _blocks(input, block_size), limits), dtype)
+
+
+@translates("torchao.choose_qparams_affine.default")
+def choose_qparams_affine(
+    t: Translator,
+    input: Value,
+    mapping_type: str,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    quant_min: float | None,
+    quant_max: float | None,
+    eps: float | None,
+    scale_dtype: torch.dtype | None,
+) -> tuple[Value, Value]:
+    if mapping_type not in ("ASYMMETRIC", "SYMMETRIC"):
+        raise Refused(f"{mapping_type} quantization is not supported at run time: ASYMMETRIC and SYMMETRIC are")
+    if torch_dtype(scale_dtype, input.dtype) is not input.dtype or not input.dtype.is_float:
+        raise Refused(f"scales of {scale_dtype} for {input.dtype.value} are not supported")
+    low, high = _limits(bounds(quant_min, quant_max), torch_dtype(target_dtype, DType.INT8))
+    attributes = {
+        "blocks": _blocks(input, block_size),
+        "symmetric": mapping_type == "SYMMETRIC",
+        "quant_min": low,
+        "quant_max": high,
+        "eps": float(np.finfo(input.dtype.numpy).tiny) if eps is None else float(eps),
+        "formula": "torchao",
+    }
+    scale, zero_point = t.draft.emit("choose_qparams", [input], attributes, t.node.name, t.source)
+    first, second = (type_of(value) for value in t.node.meta["val"])
+    return t.reshape(scale, first.shape), t.cast(t.reshape(zero_point, second.shape), second.dtype)
