@@ -53,8 +53,8 @@ class Operands:
         size = exact(case, np.abs(x), np.abs(weight), None if b is None else np.abs(b))
         bound = (case.channels * int(np.prod(case.kernel)) + 1) * EPSILON * size
         if epilogue != "none":
-            # The slope of all of them is below 1.13, their own error a few ulp of what they are given.
-            y, bound = apply_epilogue(epilogue, y, None), 1.13 * bound + 8 * EPSILON * size
+            # The slope of all of them is at most 1.5, their own error a few ulp of what they are given.
+            y, bound = apply_epilogue(epilogue, y, None), 1.5 * bound + 8 * EPSILON * size
         r = random(*y.shape) if residual else None
         if r is not None:
             y = y + r.astype(np.float64)
@@ -112,7 +112,7 @@ def test_kernels(name: str, kind: str) -> None:
             Operands(CASES[name], dtype, True, False, "relu").check_kernels()
 
 
-@pytest.mark.parametrize("epilogue", ["gelu", "silu"])
+@pytest.mark.parametrize("epilogue", ["gelu", "hardswish", "relu6"])
 def test_epilogue_and_residual(epilogue: str) -> None:
     Operands(CASES["rows of one image"], "float32", True, True, epilogue).check_kernels()
 

@@ -15,7 +15,7 @@ from torchvk.graph import DType, TensorType
 from torchvk.ops import arithmetic
 from torchvk.ops.operator import Array
 
-Epilogue = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
+Epilogue = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"]
 EPILOGUES: tuple[Epilogue, ...] = get_args(Epilogue)
 
 
@@ -41,4 +41,6 @@ _FUNCTIONS: dict[Epilogue, Callable[[Array], Array]] = {
     "gelu": arithmetic.gelu,
     "gelu_tanh": arithmetic.gelu_tanh,
     "silu": arithmetic.silu,
+    "relu6": lambda x: np.asarray(np.minimum(_relu(x), x.dtype.type(6))),
+    "hardswish": arithmetic.hardswish,
 }

@@ -20,12 +20,14 @@ from torchvk.graph import DType, Graph, Node, Role, Tensor
 Array = np.ndarray[Any, Any]
 
 # operator → the input that is added after its epilogue
-RESIDUAL = {"linear": 3, "quantized_linear": 4}
+RESIDUAL = {"linear": 3, "quantized_linear": 4, "conv": 3, "quantized_conv": 6}
 # The node that does what an epilogue does. ("silu" is two.)
 ACTIVATIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "relu": ("relu", {}),
     "gelu": ("gelu", {"approximate": "none"}),
     "gelu_tanh": ("gelu", {"approximate": "tanh"}),
+    "relu6": ("clamp", {"min": 0.0, "max": 6.0}),
+    "hardswish": ("hardswish", {}),
 }
 EIGHT_BIT = (DType.INT8, DType.UINT8)
 # How many nodes behind a layer's own may be meant when another file names the same module.

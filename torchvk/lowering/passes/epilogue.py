@@ -49,6 +49,12 @@ def _activation(rewriter: Rewriter, call: Call, readers: int = 1, name: str | No
     return _again(rewriter, layer, replace(layer.attributes, epilogue=name), None, call)
 
 
+def _clamp(rewriter: Rewriter, call: Call) -> Value | None:
+    if (call.attributes.min, call.attributes.max) != (0, 6) or not call.outputs[0].dtype.is_float:
+        return None
+    return _activation(rewriter, call, name="relu6")
+
+
 def _silu(rewriter: Rewriter, call: Call) -> Value | None:
     """x · sigmoid(x), as exported programs have it."""
     for x, gate in (call.inputs, call.inputs[::-1]):
@@ -70,4 +76,8 @@ def _residual(rewriter: Rewriter, call: Call) -> Value | None:
     return None
 
 
-ACTIVATIONS: dict[str, Rule] = {**dict.fromkeys(("relu", "gelu", "silu"), _activation), "mul": _silu}
+ACTIVATIONS: dict[str, Rule] = {
+    **dict.fromkeys(("relu", "gelu", "silu", "hardswish"), _activation),
+    "clamp": _clamp,
+    "mul": _silu,
+}
