@@ -51,6 +51,11 @@ def test_ranks(module: nn.Module, shape: tuple[int, ...]) -> None:
     assert "pad" not in counts
 
 
+def test_channels_last() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(memory_format=torch.channels_last)
+    assert_same(module, (torch.randn(2, 3, 5, 6).to(memory_format=torch.channels_last),))
+
+
 def small_network() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1)),

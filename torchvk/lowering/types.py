@@ -36,8 +36,9 @@ def dtype_of(dtype: torch.dtype) -> DType:
 def type_of(value: Any) -> TensorType:
     """dtype and shape of a tensor, real or fake; raises :class:`Refused` for what the IR cannot hold.
 
-    Refused are values that are no tensors, symbolic sizes, unknown dtypes, ranks above 8 and memory formats other
-    than contiguous: every value of a delegate is dense and row-major.
+    Refused are values that are no tensors, symbolic sizes, unknown dtypes, ranks above 8 and strides that leave gaps
+    or overlap. Every value of a delegate is row-major; what the program keeps in another order of dimensions
+    (channels last) is put into its order, and back, where it enters and leaves.
     """
     if not isinstance(value, torch.Tensor):
         raise Refused(f"values of type {type(value).__name__} are not supported, only tensors are")
@@ -49,8 +50,8 @@ def type_of(value: Any) -> TensorType:
         raise Refused(f"{value.layout} tensors are not supported")
     if value.dim() > MAX_RANK:
         raise Refused(f"tensors of rank {value.dim()} are not supported: at most {MAX_RANK}")
-    if not value.is_contiguous():
-        raise Refused(f"the memory format with strides {list(value.stride())} is not supported: only contiguous is")
+    if not value.permute(sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))).is_contiguous():
+        raise Refused(f"strides {list(value.stride())} are not supported: only dense tensors are")
     return TensorType(dtype, tuple(value.shape))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
+from torchvk.ops.codes import DTYPE
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import LANES, Geometry, lanes_rows, takes_lanes, takes_vectors
-from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, write
+from torchvk.ops.linear import Product, Slots, product_kernels
+from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, scratch_read, scratch_write, write
 from torchvk.ops.quantization import reads_texels
+
+MAX_COLUMNS = 1 << 30  # bytes of scratch memory
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,40 @@ class Case:
         )
 
 
+def columns_bytes(geometry: Geometry, dtype: DType, capabilities: Capabilities, pitch: int = 0) -> int:
+    """The size of the matrix that conv_columns.slang writes, or 0 where it is not to be written."""
+    size = geometry.pixels * (pitch or geometry.k) * dtype.bits // 8
+    return size if geometry.groups == 1 and size <= min(MAX_COLUMNS, capabilities.max_storage_range) else 0
+
+
+def _columns(case: Case, capabilities: Capabilities) -> Kernels:
+    """The pixels' columns in scratch memory, and the product of a linear layer."""
+    g = case.geometry
+    slots = Slots(0, 1, case.bias, case.residual, case.ending)
+    product = product_kernels(Product(g.pixels, g.outputs, g.k, case.dtype, transpose_b=True), slots, capabilities)
+    own = len(product.scratch)
+
+    def moved(arg: Arg) -> Arg:
+        if arg.role != "input" or arg.index not in (0, 1):
+            return arg
+        there = scratch_read(own) if arg.index == 0 else case.weight(False)
+        return replace(arg, role=there.role, index=there.index, layout=there.layout)
+
+    each = 128 // case.dtype.bits
+    wide = g.channels % each == 0
+    units = -(-g.pixels * g.k // (each if wide else each // 4))
+    first = Dispatch(
+        "conv_columns_wide" if wide else "conv_columns",
+        (read(0), scratch_write(own)),
+        grid(units, capabilities),
+        (capabilities.local_size, DTYPE[case.dtype]),
+        g.push(g.k, units) + bytes(16),
+        bytes=2 * g.pixels * g.k * case.dtype.bits // 8,
+    )
+    rest = (replace(each, buffers=tuple(map(moved, each.buffers))) for each in product.dispatches)
+    return Kernels((first, *rest), (*product.scratch, g.pixels * g.k * case.dtype.bits // 8))
+
+
 def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
     """Every plausible way by name, the default first. The last one is right for everything."""
     g = case.geometry
@@ -90,6 +128,8 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
         kernel = f"conv_matrix_{tile.name}"
         dispatch = case.dispatch(kernel, tile.threads, groups, work, more=matrix_constants(g))
         yield f"matrix_{tile.name}", Kernels((dispatch,))
+    if columns_bytes(g, case.dtype, capabilities) and case.bias_dtype is case.dtype and capabilities.kind != "cpu":
+        yield "columns", _columns(case, capabilities)
     units = -(-g.y_elements // (2 if case.half else 1))
     groups = grid(units, capabilities)
     direct = case.dispatch(f"conv_direct_{case.name}", capabilities.local_size, groups, (0, 0))

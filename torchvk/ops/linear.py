@@ -196,7 +196,7 @@ def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Var
             choices[_matrix_choice(tile)] = None
     if not chosen.matrix:
         choices.update(dict.fromkeys(_block_choices(product, capabilities)))
-    return tuple((_name(choice), _kernels(product, slots, capabilities, choice)) for choice in choices)
+    return tuple((_name(choice), product_kernels(product, slots, capabilities, choice)) for choice in choices)
 
 
 def _block_choices(product: Product, capabilities: Capabilities) -> Iterator[Choice]:
@@ -211,7 +211,9 @@ def _name(choice: Choice) -> str:
     return choice.kernel if choice.splits == 1 else f"{choice.kernel}_split{choice.splits}"
 
 
-def _kernels(product: Product, slots: Slots, capabilities: Capabilities, choice: Choice | None = None) -> Kernels:
+def product_kernels(
+    product: Product, slots: Slots, capabilities: Capabilities, choice: Choice | None = None
+) -> Kernels:
     """Dispatches of a product."""
     count = product.batches * product.m * product.n
     if count == 0:
@@ -250,8 +252,8 @@ def _with_rest(
 ) -> Kernels | None:
     """The first ``whole`` rows by the chosen kernel, and beside it the others by what is chosen for so few."""
     parts = (
-        (whole, _kernels(replace(product, m=whole), slots, capabilities, choice)),
-        (product.m - whole, _kernels(replace(product, m=product.m - whole), slots, capabilities)),
+        (whole, product_kernels(replace(product, m=whole), slots, capabilities, choice)),
+        (product.m - whole, product_kernels(replace(product, m=product.m - whole), slots, capabilities)),
     )
     size = product.dtype.bits // 8
     row_bytes = {("input", slots.a): product.k * size, ("output", 0): product.n * size}
@@ -386,7 +388,7 @@ def _matmul_kernels(
 ) -> Kernels:
     if outputs[0].numel == 0:
         return Kernels(())
-    return _kernels(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
+    return product_kernels(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
 
 
 def _matmul_variants(
@@ -460,7 +462,7 @@ def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorTy
 def _linear_kernels(
     attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Kernels:
-    return _kernels(*_linear_case(attributes, inputs), capabilities)
+    return product_kernels(*_linear_case(attributes, inputs), capabilities)
 
 
 def _linear_variants(

@@ -235,13 +235,8 @@ def to(
     t: Translator,
     self: Value,
     dtype: torch.dtype | None = None,
-    memory_format: torch.memory_format | None = None,
-    dim_order: list[int] | None = None,
 ) -> Value:
-    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
-        raise Refused(f"the memory format {memory_format} is not supported: only contiguous is")
-    if dim_order and list(dim_order) != list(range(len(self.shape))):
-        raise Refused(f"the dim order {list(dim_order)} is not supported: only contiguous is")
+    """Memory formats are the program's affair: see :func:`torchvk.lowering.types.type_of`."""
     return t.cast(self, torch_dtype(dtype, self.dtype))
 
 
