@@ -140,7 +140,8 @@ def schemes(draw: st.DrawFn) -> Operands:
     )
 
 
-def test_reference_and_kernels_on_any_convolution() -> None:
+@pytest.mark.hypothesis
+def test_any_convolution() -> None:
     counts = []
 
     @given(schemes(), st.integers(0, 2))

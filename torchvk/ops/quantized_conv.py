@@ -395,11 +395,17 @@ def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> I
     result = TensorType(case.x.dtype, case.weight.shape)
     (made,) = get("dequantize").kernels(DequantizeAttributes(case.x.dtype), types, [result], capabilities).dispatches
     first = replace(made, buffers=(read(WEIGHT, packing.layout), read(SCALE), read(SCALE), scratch_write(0)))
+    bare = Arg("scratch", -1)  # the weight: the others come behind it
     ending = (EPILOGUES.index(case.attributes.epilogue), 0)
     bias = BIAS if case.bias else None
-    inner = FloatCase(g, case.x.dtype, lambda texels: scratch_read(0, texels), bias, DType.FLOAT32, None, ending)
+    inner = FloatCase(g, case.x.dtype, lambda texels: replace(bare, texels=texels), bias, DType.FLOAT32, None, ending)
     for name, kernels in float_kernels(inner, capabilities):
-        yield name, Kernels((first, *kernels.dispatches), (result.nbytes, *kernels.scratch))
+        rest = (replace(each, buffers=tuple(map(_behind, each.buffers))) for each in kernels.dispatches)
+        yield name, Kernels((first, *rest), (result.nbytes, *kernels.scratch))
+
+
+def _behind(arg: Arg) -> Arg:
+    return replace(arg, index=arg.index + 1) if arg.role == "scratch" else arg
 
 
 def _direct(case: Case, capabilities: Capabilities) -> Kernels:
