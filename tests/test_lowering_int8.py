@@ -9,7 +9,9 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import nn
 
-from tests.edge import lower_module
+from tests.edge import lower_module, lower_program
+from tests.networks import MobileNet, SqueezeExcite, UNet
+from tests.pt2e import quantize
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SAME, OTHER = (0.05, -3), (0.021, 11)
@@ -77,3 +79,35 @@ def test_what_is_read_as_floats_is_moved_as_floats() -> None:
 
     x = torch.randint(-128, 128, (2, 3, 4), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     assert set(lower_module(Product(), (x,)).operators()) == {"dequantize", "softmax", "matmul"}
+
+
+class Networks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList((MobileNet(), UNet(), SqueezeExcite()))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(network(x) for network in self.networks)
+
+
+def test_static_networks_have_no_pair_left_but_at_their_edges() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    converted = quantize(Networks(), (x,), is_static=True)
+    lowered = lower_program(torch.export.export(converted, (x,)))
+    operators = lowered.operators()
+    assert operators["quantize"] == 1
+    assert operators["dequantize"] == 3
+    edges = ("quantize", "dequantize", "permute")
+    graph = lowered.graph
+    inside = [node for node in graph.nodes if node.op not in edges]
+    assert {graph.tensors[node.outputs[0]].dtype.value for node in inside} == {"int8"}
+    with torch.no_grad():
+        wanted = converted(x)
+    for device in ("reference", None):
+        for output, want in zip(lowered.run(x, device=device), wanted, strict=True):
+            # A step is the smallest difference between two values of the result: at ties one may be taken for another.
+            step = float(torch.unique(want).diff().min())
+            wrong = (output - want).abs() > step / 2
+            assert int(wrong.sum()) <= want.numel() // 10_000
+            assert float((output - want).abs().max()) < 1.5 * step
