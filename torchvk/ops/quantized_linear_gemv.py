@@ -77,9 +77,14 @@ class Case:
         return self.packing.columns == self.packing.k
 
     @property
+    def piece(self) -> int:
+        """Columns of a piece: a uint4 of weights, or a uint2 if they have 2 bits."""
+        return UNIT // 2 if self.packing.bits == 8 else UNIT
+
+    @property
     def pieces(self) -> int:
-        """uint4s of weights in a row."""
-        return self.packing.columns * self.packing.bits // 128
+        """Pieces of weights in a row."""
+        return self.packing.columns // self.piece
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
     stationary = case.pieces <= gemv.split * lanes
     half_x = case.x.dtype is DType.FLOAT16 and (gemv.mode == "quantize" or case.direct)
     # uint4s of x that a piece meets.
-    words = (UNIT if packing.bits == 4 else UNIT // 2) // (16 if gemv.mode != "float" else 8 if half_x else 4)
+    words = case.piece // (16 if gemv.mode != "float" else 8 if half_x else 4)
     chunk = case.pieces
     if gemv.mode == "float" and stationary:
         chunk = min(chunk, STAGED_BYTES // (16 * rows * words) - 1)
@@ -140,7 +145,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
             smallest,
             -(-packing.columns // (8 * gemv.local_size)),
         )
-    group_pieces = max(1, packing.pitch * packing.bits // 128)
+    group_pieces = max(1, packing.pitch // case.piece)
     half_scale = case.scale.dtype is DType.FLOAT16
     constants: tuple[int | float, ...] = (half_x, half_scale, group_pieces, packing.groups == 1, lanes, gemv.split)
     constants = (*constants, stationary, sums, staged, chunk)
@@ -280,7 +285,7 @@ def few_rows(case: Case) -> Variants:
     capabilities, packing, m = case.capabilities, case.packing, case.m
     if capabilities.kind == "cpu" or capabilities.tier < 1 or not capabilities.shuffle:
         return ()
-    if packing.few_bits or (packing.half_groups and packing.bits == 4):
+    if packing.pitch % case.piece:
         return ()
     found = [(name, gemv_kernels(case, gemv)) for name, gemv in {gemv.name: gemv for gemv in _gemvs(case)}.items()]
     skinnies = [(skinny.name, skinny_kernels(case, skinny)) for skinny in _skinnies(case)]
@@ -331,7 +336,8 @@ def _gemvs(case: Case) -> Iterator[Gemv]:
 def _skinnies(case: Case) -> Iterator[Skinny]:
     """Matrix kernels, best first."""
     capabilities = case.capabilities
-    if capabilities.tier < 2 or not 2 <= case.m <= 16 or case.packing.half_groups or case.zeros:
+    packing = case.packing
+    if capabilities.tier < 2 or not 2 <= case.m <= 16 or packing.half_groups or packing.few_bits or case.zeros:
         return
     half = case.scheme is None
     if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.scale.dtype is DType.FLOAT16):
@@ -340,5 +346,5 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
     for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
         if shape in offered and lanes == capabilities.subgroup_size:
             # float16 tiles: wide ones read x less often, narrow ones are more, where there are few columns.
-            for tile, split in tiles if case.packing.n >= 8192 or not half else reversed(tiles):
+            for tile, split in tiles if packing.n >= 8192 or not half else reversed(tiles):
                 yield Skinny(shape, tile, half, lanes, split)
