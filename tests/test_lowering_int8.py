@@ -28,6 +28,9 @@ MOVES: dict[str, Function] = {
     "pad": lambda x, y: F.pad(x, (1, 0, 2, 1)),
     "cat": lambda x, y: torch.cat([x, x.flip(1)], 1),
     "cat of two": lambda x, y: torch.cat([x, y, x], 2),
+    "cat of a constant": lambda x, y: torch.cat(
+        [x, torch.linspace(-9, 9, 8).reshape(1, 8, 1, 1).expand(2, 8, 6, 1)], 3
+    ),
     "max_pool": lambda x, y: F.max_pool2d(x, 3, 2, 1),
     "amax": lambda x, y: x.amax((2, 3)),
     "nearest": lambda x, y: F.interpolate(x, scale_factor=2),

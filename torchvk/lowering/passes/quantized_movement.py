@@ -56,13 +56,23 @@ def _end(reader: Call | None, found: dict[Value, Call]) -> Call | None:
 
 def _rule(rewriter: Rewriter, call: Call, quantized: dict[Value, Call]) -> Value | None:
     end = quantized.get(call.outputs[0]) if call.outputs else None
-    if call.op in PICKS or call.op == "reshape" or (call.op in MOVES and end is not None):
+    if call.op in PICKS or call.op == "reshape" or (call.op in MOVES and end is not None) or _returns(rewriter, call):
         return _moved(rewriter, call, call.attributes)
     if call.op == "pad" and call.attributes.value == 0:
         return _padded(rewriter, call)
     if call.op == "cat":
         return _cat(rewriter, call, None if end is None else output_of(end))
     return _mean(rewriter, call) if call.op == "quantize" else None
+
+
+def _returns(rewriter: Rewriter, call: Call) -> bool:
+    """Whether a permutation takes back the one of the integers before it."""
+    dequantize = rewriter.producer(call.inputs[0], "dequantize") if call.op == "permute" else None
+    inner = rewriter.producer(dequantize.inputs[0], "permute") if dequantize else None
+    if inner is None:
+        return False
+    dims = [inner.attributes.dims[dim] for dim in call.attributes.dims]
+    return dims == sorted(dims)
 
 
 def _dequantized(rewriter: Rewriter, q: Value, static: Static, dtype: DType, call: Call) -> Value:
@@ -97,14 +107,16 @@ def _padded(rewriter: Rewriter, call: Call) -> Value | None:
 
 
 def _cat(rewriter: Rewriter, call: Call, output: Output | None) -> Value | None:
-    """Of integers with one set of parameters: what all have, or what the whole is quantized with."""
+    """Of integers with one set of parameters: what all have, or what the whole is quantized with. Constants may be
+    among them."""
     parts = [static_input(rewriter, value) for value in call.inputs]
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    constants = [value for value, part in zip(call.inputs, parts, strict=True) if part is None]
+    if not known or any(value is None or value.array is None for value in constants):
         return None
     first = known[0]
     same = {(part.scale, part.zero_point, part.quantized.dtype) for part in known}
-    if len(same) == 1:
+    if len(same) == 1 and not constants:
         joined = rewriter.op("cat", *(part.quantized for part in known), like=call, attributes=call.attributes)
         return _dequantized(rewriter, joined, first, call.outputs[0].dtype, call)
     if output is None:
@@ -112,9 +124,10 @@ def _cat(rewriter: Rewriter, call: Call, output: Output | None) -> Value | None:
     wanted = Static(first.quantized, output.scale, output.zero_point)
     pieces = [
         part.quantized
-        if (part.scale, part.zero_point, part.quantized.dtype) == (output.scale, output.zero_point, output.dtype)
+        if part is not None
+        and (part.scale, part.zero_point, part.quantized.dtype) == (output.scale, output.zero_point, output.dtype)
         else _quantize(rewriter, value, output, call)
-        for part, value in zip(known, call.inputs, strict=True)
+        for part, value in zip(parts, call.inputs, strict=True)
     ]
     joined = rewriter.op("cat", *pieces, like=call, attributes=call.attributes)
     return _dequantized(rewriter, joined, wanted, call.outputs[0].dtype, call)
