@@ -40,7 +40,7 @@ MAX, AVERAGE = 0, 1
 # lavapipe ends loops, silently, after 65535 iterations of all loops together; a thread may have four windows.
 MAX_TAPS = 12288
 # Windows of at least so many elements are shared by a workgroup, on a GPU.
-SHARED_TAPS = 64
+SHARED_TAPS = 32
 LIMIT = 2**31
 
 
@@ -211,6 +211,29 @@ def three(values: Sequence[int], filler: int) -> list[int]:
     return [*[filler] * (3 - len(values)), *values]
 
 
+def _across(words: int, taps: int, local_size: int) -> int:
+    """Words that a workgroup of ``local_size`` threads shares: as many as keep the device busy, and chains of
+    additions short: no longer than 2 √taps, as the sums of torchvk.ops.reduction."""
+    across = min(32, 1 << (words - 1).bit_length())
+    least = 8 if taps < 1024 else 1  # neighbours are read together
+    while across > least and words // across < 128:
+        across //= 2
+    while across > 1 and taps * across > 2 * math.isqrt(taps) * local_size:
+        across //= 2
+    return across
+
+
+def middle_sum(shape: Shape, x: TensorType, y: TensorType, divisor: int, capabilities: Capabilities) -> Kernels | None:
+    """Sums over the middle of ``shape`` [B, S, A], divided; None where the kernels here are no gain: on CPUs, for few
+    elements, for results enough to give each a thread."""
+    words = units(y.numel, y.dtype)
+    suits = shape[1] >= SHARED_TAPS and 0 < words < 4096 and shape[2] >= 8 and shape[2] % per_unit(x.dtype) == 0
+    if capabilities.kind == "cpu" or not suits:
+        return None
+    view = Windows((1,), kernel=(shape[1],), stride=(1,), padding=(0,), dilation=(1,), divisor=divisor)
+    return pool_kernels(view, AVERAGE, TensorType(x.dtype, shape), y, capabilities)
+
+
 def pool_kernels(
     view: Windows, operation: int, x: TensorType, y: TensorType, capabilities: Capabilities, static: bytes = b""
 ) -> Kernels:
@@ -229,7 +252,7 @@ def pool_kernels(
         # Some threads a word, each with every so manieth element of its window.
         kernel += "_shared"
         local_size = min(256, 1 << (capabilities.max_workgroup_invocations.bit_length() - 1))
-        across = min(32, 1 << (threads - 1).bit_length())
+        across = _across(threads, view.taps(sizes), local_size)
     fillers = ((view.kernel, 1), (view.stride, 1), (view.padding, 0), (view.dilation, 1))
     numbers = [[0] * 3 if view.adaptive else three(values, filler) for values, filler in fillers]
     push = struct.pack(

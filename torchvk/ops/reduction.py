@@ -33,6 +33,7 @@ from torchvk.ops.operator import (
     scratch_write,
     write,
 )
+from torchvk.ops.pooling import middle_sum
 from torchvk.ops.rounding import round_to_half
 
 ALL = (
@@ -212,6 +213,11 @@ def _reduce_kernels(
     count = _count(x.shape, dims)
     kept, reduced = axes(x.shape, dims)
     domain = _domain(name, x.dtype)
+    if name in ("sum", "mean") and domain == "float" and len(reduced.sizes) == 1 and kept.strides[-1] == 1:
+        shape = (results // kept.sizes[-1], count, kept.sizes[-1])
+        pooled = middle_sum(shape, x, y, count if name == "mean" else 1, capabilities)
+        if pooled is not None and x.numel == math.prod(shape):
+            return pooled
     tasks = units(results, y.dtype)
     choice = choose(results, tasks, count, reduced.strides[-1] == 1, capabilities)
     local_size = min(256, capabilities.max_workgroup_invocations) if choice.group else capabilities.local_size
