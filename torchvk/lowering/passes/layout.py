@@ -28,7 +28,8 @@ UNARIES = (*UNARY, "cast")
 ELEMENTWISE = (*UNARIES, *BINARY, "where", *QUANTIZE, "quantized_arithmetic")
 # Of the first operand; the others are tables and the like.
 FIRST_ONLY = ("lookup",)
-RISING = (*UNARIES, *BINARY, *QUANTIZE, *FIRST_ONLY)
+# Not through quantize: bytes are permuted, not the floats before them.
+RISING = (*UNARIES, *BINARY, "dequantize", *FIRST_ONLY)
 
 
 def move_permutes(draft: Draft) -> Draft:
