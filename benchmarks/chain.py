@@ -67,13 +67,14 @@ def quantized_linear(
     activation: str = "none",
     dtype: DType = DType.FLOAT32,
     bias: bool = True,
+    zeros: bool = False,
     seed: int = 0,
 ) -> Layer:
-    """y [m, n] of x [m, k] with random weights in groups (``group`` 0: per output channel), scaled so that a long
-    chain of them neither grows nor fades."""
+    """y [m, n] of x [m, k] with random weights in groups (``group`` 0: per output channel), with zero points if
+    ``zeros``, scaled so that a long chain of them neither grows nor fades."""
     rng = np.random.default_rng(seed)
     group = group or k
-    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    low, high = (-127, 128) if bits == 8 else (-(1 << (bits - 1)), 1 << (bits - 1))
     weight = rng.integers(low, high, (n, k), np.int8)
     rms = float(np.sqrt(np.mean(weight[:64].astype(np.float32) ** 2) * k))
     scale_dtype = np.float16 if dtype is DType.FLOAT16 else np.float32
@@ -81,12 +82,15 @@ def quantized_linear(
     constants: dict[int, Array] = {1: weight, 2: scale}
     types: list[TensorType | None] = [
         TensorType(dtype, (m, k)),
-        TensorType(DType.INT4 if bits == 4 else DType.INT8, (n, k)),
+        TensorType(DType(f"int{bits}"), (n, k)),
         TensorType(DType.of(scale.dtype), scale.shape),
     ]
     if bias:
         constants[3] = (0.1 * rng.standard_normal(n)).astype(dtype.numpy)
         types.append(TensorType(dtype, (n,)))
+    if zeros:
+        constants[5] = rng.integers(low, high, scale.shape, np.int8)
+        types += [None] * (5 - len(types)) + [TensorType(DType.INT8, scale.shape)]
     attributes = ops.get("quantized_linear").attributes(group_size=group, activation=activation)
     return Layer("quantized_linear", attributes, tuple(types), constants)
 

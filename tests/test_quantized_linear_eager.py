@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantized import OPERATOR, attributes
 from test_ops_quantized_linear import EPSILON, check
 from torchao.quantization.granularity import PerAxis, PerGroup
@@ -16,6 +17,8 @@ from torchao.quantization.quant_api import (
     IntxWeightOnlyConfig,
     quantize_,
 )
+from torchao.quantization.quant_primitives import MappingType
+from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import IntxChooseQParamsAlgorithm
 
 Array = np.ndarray[Any, Any]
 
@@ -26,46 +29,52 @@ def eager(module: torch.nn.Module, x: Array) -> Array:
     return y
 
 
-def quantized_weight(linear: torch.nn.Linear, bits: int) -> tuple[Array, Array]:
-    weight: Any = linear.weight
-    scale = weight.scale.numpy()
-    assert not weight.zero_point.any()
-    return weight.qdata.numpy(), scale.reshape(len(scale), -1)
+WIDTHS = {bits: getattr(torch, f"int{bits}") for bits in range(1, 9)}
+MAPPINGS = (MappingType.SYMMETRIC, MappingType.ASYMMETRIC, MappingType.SYMMETRIC_NO_CLIPPING_ERR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("granularity", [PerGroup(16), PerGroup(32), PerGroup(128), PerAxis(0)], ids=str)
-def test_torchao_modules(dtype: torch.dtype, dynamic: bool, granularity: Any, rng: np.random.Generator) -> None:
-    for bits, (k, n, shape) in itertools.product((4, 8), [(256, 60, (2, 7)), (384, 33, (1,))]):
-        torch.manual_seed(int(rng.integers(2**31)))
-        linear = torch.nn.Linear(k, n).to(dtype)
-        weight_dtype = {4: torch.int4, 8: torch.int8}[bits]
-        if dynamic:
-            quantize_(
-                linear, Int8DynamicActivationIntxWeightConfig(weight_dtype=weight_dtype, weight_granularity=granularity)
-            )
-        else:
-            quantize_(linear, IntxWeightOnlyConfig(weight_dtype=weight_dtype, granularity=granularity))
-        numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
-        x = rng.standard_normal((*shape, k)).astype(numpy_dtype)
-        weight, scale = quantized_weight(linear, bits)
-        group = k // scale.shape[1]
-        inputs: list[Array | None] = [x, weight, scale, linear.bias.detach().numpy()]
-        chosen = attributes(group, "dynamic_per_token" if dynamic else "none", numpy_dtype)
-        result = check(chosen, inputs, bits)
-        (reference,) = OPERATOR.reference(chosen, inputs)
-        theirs = eager(linear, x)
-        # float32: eager's sums have K rounded terms. float16: every weight and activation rounded too, to 11 bits.
-        w = np.abs(weight * np.repeat(scale.astype(np.float64), group, axis=1))
-        size = np.abs(x.astype(np.float64)) @ w.T + np.abs(inputs[3])  # type: ignore[arg-type]
-        # Quantization of x moves it by half a step of at most (max - min) / 255 at most.
-        if dynamic:
-            size = size + np.ptp(x.astype(np.float64), axis=-1, keepdims=True) / 255 * w.sum(axis=1)
-        terms = 2 * k + 12 if dtype == torch.float32 else 4 + 2 * k * 2.0**-13
-        bound = terms * EPSILON[numpy_dtype] * size
-        assert np.all(np.abs(result - theirs.astype(np.float64)) <= bound)
-        assert np.all(np.abs(reference - theirs.astype(np.float64)) <= bound)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_torchao_modules(dtype: torch.dtype, dynamic: bool, data: st.DataObject) -> None:
+    """Weights of every width, mapping and granularity, as torchao quantizes them; one row and several."""
+    bits = data.draw(st.sampled_from([*WIDTHS, 4, 8]), "bits")
+    mapping = data.draw(st.sampled_from(MAPPINGS[: 2 if bits == 1 else 3]), "mapping")
+    granularity = data.draw(st.sampled_from([PerGroup(16), PerGroup(32), PerGroup(128), PerAxis(0)]), "granularity")
+    k, n, shape = data.draw(st.sampled_from([(256, 60, (2, 7)), (384, 33, (1,)), (128, 5, ()), (256, 8, (3,))]), "size")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    torch.manual_seed(int(rng.integers(2**31)))
+    linear = torch.nn.Linear(k, n).to(dtype)
+    if dynamic:
+        quantize_(linear, Int8DynamicActivationIntxWeightConfig(WIDTHS[bits], granularity, mapping))
+    else:
+        scales = IntxChooseQParamsAlgorithm(data.draw(st.sampled_from(["affine", "hqq_scale_only"]), "scales"))
+        quantize_(
+            linear, IntxWeightOnlyConfig(WIDTHS[bits], granularity, mapping, intx_choose_qparams_algorithm=scales)
+        )
+    numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
+    x = rng.standard_normal((*shape, k)).astype(numpy_dtype)
+    theirs: Any = linear.weight
+    weight, scale, zero_point = theirs.qdata.numpy(), theirs.scale.numpy(), theirs.zero_point.numpy()
+    group = k // scale.shape[1]
+    inputs: list[Array | None] = [x, weight, scale, linear.bias.detach().numpy()]
+    if zero_point.any():
+        inputs += [None, zero_point]
+    chosen = attributes(group, "dynamic_per_token" if dynamic else "none", numpy_dtype)
+    result = check(chosen, inputs, next(stored for stored in (2, 4, 8) if bits <= stored))
+    (reference,) = OPERATOR.reference(chosen, inputs)
+    wanted = eager(linear, x)
+    # float32: eager's sums have K rounded terms. float16: every weight and activation rounded too, to 11 bits.
+    w = np.abs((weight - np.repeat(zero_point.astype(float), group, 1)) * np.repeat(scale.astype(float), group, 1))
+    size = np.abs(x.astype(np.float64)) @ w.T + np.abs(inputs[3])  # type: ignore[arg-type]
+    # Quantization of x moves it by half a step of at most (max - min) / 255 at most.
+    if dynamic:
+        size = size + np.ptp(x.astype(np.float64), axis=-1, keepdims=True) / 255 * w.sum(axis=1)
+    terms = 2 * k + 12 if dtype == torch.float32 else 4 + 2 * k * 2.0**-13
+    bound = terms * EPSILON[numpy_dtype] * size
+    assert np.all(np.abs(result - wanted.astype(np.float64)) <= bound)
+    assert np.all(np.abs(reference - wanted.astype(np.float64)) <= bound)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

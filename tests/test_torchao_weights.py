@@ -1,4 +1,4 @@
-"""torchao's integer weights of 1 to 8 bits, of linear layers and embeddings, end to end: quantize_, export, device."""
+"""Integer weights of 1 to 8 bits, of linear layers and embeddings, end to end: torchao (or PT2E), export, device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.quant_api import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -24,6 +25,7 @@ from torchao.utils import unwrap_tensor_subclass
 
 from tests.edge import Lowered, compare, lower_module
 from torchvk.errors import ArgumentError
+from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
 
 BITS = {bits: getattr(torch, f"int{bits}") for bits in range(1, 9)}
 STORED = {1: "int2", 2: "int2", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"}
@@ -151,6 +153,48 @@ def test_embeddings_of_every_width(rng: np.random.Generator) -> None:
     check(lowered, module, ids)
 
 
+def test_embeddings_of_pt2e_and_tied_ones() -> None:
+    """Tables of 4 and 8 bits by VulkanQuantizer; one table that is the last layer's weight, too, in float16 as well."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 16, (2, 3))
+    settings = {name: get_symmetric_quantization_config(weight_bits=bits) for name, bits in (("0", 4), ("1.0", 8))}
+    quantizer = VulkanQuantizer()
+    for name, config in settings.items():
+        quantizer.set_module_name(name, config)
+    tables = torch.nn.ModuleList([torch.nn.Embedding(16, 10), torch.nn.Sequential(torch.nn.Embedding(16, 10))])
+
+    class Sum(torch.nn.Sequential):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            total: torch.Tensor = self[0](ids) + self[1](ids)
+            return total
+
+    prepared = prepare_pt2e(torch.export.export(Sum(*tables).eval(), (ids,)).module(), quantizer)
+    prepared(ids)
+    converted: Any = convert_pt2e(prepared)
+    converted.eval = lambda: converted
+    lowered = lower_module(converted, (ids,))
+    assert lowered.operators() == {"quantized_embedding": 2, "add": 1}
+    assert sorted(t.type.dtype.value for t in lowered.graph.tensors if t.data) == ["float32", "float32", "int4", "int8"]
+    check(lowered, converted, ids)
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("q", torch.randint(-8, 8, (16, 32), dtype=torch.int8))
+            self.register_buffer("scale", torch.rand(16, 1) + 0.1)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            w = torch.ops.torchao.dequantize_affine(self.q, [1, 32], self.scale, None, torch.int8, -8, 7)
+            return torch.nn.functional.linear(torch.nn.functional.embedding(ids, w), w)
+
+    tied = Tied()
+    for options, tolerance in (({}, TOLERANCE), ({"force_fp16": True}, 2**-8)):
+        lowered = lower_module(tied, (ids,), compile_options=options)
+        assert (lowered.operators()["quantized_embedding"], lowered.operators()["quantized_linear"]) == (1, 1)
+        assert sum(t.data.size for t in lowered.graph.tensors if t.data) == 16 * 32 // 2 + 4 * 16  # stored once
+        check(lowered, tied, ids, tolerance=tolerance)
+
+
 def static(granularity: Any, zero_point: int | None) -> Int8StaticActivationInt8WeightConfig:
     asymmetric = zero_point is not None
     return Int8StaticActivationInt8WeightConfig(
@@ -186,7 +230,7 @@ def test_int8_tensors() -> None:
     unwrap_tensor_subclass(module)
     lowered = lower_module(module, (x,))
     assert not lowered.cpu
-    assert lowered.operators()["quantized_linear"] >= 7  # all but the static ones
+    assert lowered.operators()["quantized_linear"] == len(configs)
     for device in ("reference", None):
         compare(lowered.run(x, device=device), expected, TOLERANCE)
 

@@ -69,7 +69,7 @@ def _product(node: Node) -> Product | None:
     if _name(node) != "aten.mul.Tensor":
         return None
     inner, scale = _base(node.args[0], VIEWS[1:]), _base(node.args[1])
-    if not isinstance(inner, Node) or not isinstance(scale, Node) or scale.meta["val"].dim() != 2:
+    if not isinstance(inner, Node) or not _is_along(node.args[1], -1):
         return None
     if _name(inner) == "aten.mm.default":
         x, cast = inner.args
@@ -81,20 +81,38 @@ def _product(node: Node) -> Product | None:
     if _name(inner) != "aten.mul.Tensor":
         return None
     sums, x_scale = _base(inner.args[0], VIEWS[1:]), _base(inner.args[1])
+    middle = 0
     if _name(sums) == "aten.sub.Tensor":
-        sums = sums.args[0]
-    if _name(sums) != INT_MM:
+        middle, sums = _factor_of_sums(sums.args[1]), sums.args[0]
+    if _name(sums) != INT_MM or not _is_along(inner.args[1], 0):
         return None
     weight = _untransposed(sums.args[1])
-    x = sums.args[0]
-    if _name(_base(x, VIEWS[1:])) == "aten.add.Tensor":
-        x = _base(_base(x, VIEWS[1:]).args[0], VIEWS[1:])
+    x = _base(sums.args[0], VIEWS[1:])
+    if _name(x) == "aten.add.Tensor" and x.args[1] == middle != 0:
+        x, middle = _base(x.args[0], VIEWS[1:]), 0
     quantize = _base(x)
+    if middle != 0:
+        return None
     if _name(quantize) != "torchao.quantize_affine.default" or quantize.args[2] is not x_scale:
         return None
     if not _fits(weight, scale) or not _agrees(correction, quantize, weight):
         return None
     return Product(x, quantize, weight, scale)
+
+
+def _is_along(node: Any, dim: int) -> bool:
+    """Whether it is a tensor whose values all lie along one dimension."""
+    if _dtype(node) is None:
+        return False
+    shape = node.meta["val"].shape
+    return len(shape) > 0 and shape[dim] == shape.numel()
+
+
+def _factor_of_sums(node: Any) -> Any:
+    """128 if it is 128 Σ w."""
+    if _name(node) == "aten.mul.Tensor" and _name(node.args[0]) == "aten.sum.dim_IntList":
+        return node.args[1]
+    return None
 
 
 def _agrees(correction: Any, quantize: Node, weight: Any) -> bool:
@@ -105,7 +123,7 @@ def _agrees(correction: Any, quantize: Node, weight: Any) -> bool:
     if _name(zero_point) in ("aten.zeros_like.default", "aten.full_like.default"):
         return _name(zero_point) == "aten.zeros_like.default" or zero_point.args[1] == 0
     choose = scale.args[0] if isinstance(scale, Node) and scale.target is operator.getitem else None
-    return isinstance(choose, Node) and choose.args[1] == "SYMMETRIC"
+    return isinstance(choose, Node) and choose.args[1:2] == ("SYMMETRIC",)
 
 
 def _leaves(node: Any) -> Iterator[Any]:
@@ -144,7 +162,7 @@ def _call(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 def _fits(weight: Any, scale: Node) -> bool:
     """An int8 matrix and scales for the whole of it or for each row."""
-    if _dtype(weight) != torch.int8 or weight.meta["val"].dim() != 2:
+    if _dtype(weight) != torch.int8 or weight.meta["val"].dim() != 2 or _dtype(scale) is None:
         return False
     return tuple(scale.meta["val"].shape) in ((1, 1), (weight.meta["val"].shape[0], 1))
 

@@ -18,6 +18,7 @@ KEPT_INPUTS = {
     "quantized_conv": {1, 2, 3},
     "quantize": {1, 2},
     "dequantize": {1, 2},
+    "quantized_embedding": {0, 1, 3},
 }
 # Attributes that are values of the operator's dtype, so that they must be in its range.
 VALUES = ("value", "min", "max")
