@@ -24,12 +24,11 @@ BATCH = 2
 TOLERANCE = {"fp32": 1e-5, "fp16": 2.5e-2, "8w": 2e-5, "4w-channel": 2e-5, "dynamic": 2e-2}
 PAIRS = [
     ("mobilenet_v2", "static"),
-    ("mobilenet_v2", "fp16"),
-    ("mobilenet_v3_small", "static"),
+    ("mobilenet_v3_small", "fp32"),
     ("resnet18", "dynamic"),
     ("unet", "static"),
     ("efficientnet_b0", "8w"),
-    ("vit", "fp32"),
+    ("vit", "fp16"),
 ]
 
 
@@ -61,15 +60,14 @@ def test_delegated_whole_and_same_as_eager(name: str, scheme: str) -> None:
 
 
 def _assert_int8_between(lowered: Lowered, name: str) -> None:
-    """One quantize and at most one dequantize are left, at the edges; and what lies between layers takes a byte."""
+    """One quantize and at most one dequantize are left, at the edges; nothing between layers is larger than a byte."""
     operators = lowered.operators()
     assert operators["quantize"] == 1, (name, operators)
     assert operators["dequantize"] <= 1, (name, operators)
     graph = lowered.graph
-    inner = {index for node in graph.nodes for index in node.outputs} - {*graph.outputs}
-    floats = sum(graph.tensors[index].type.nbytes for index in inner if graph.tensors[index].dtype.is_float)
-    total = sum(graph.tensors[index].type.nbytes for index in inner)
-    assert floats <= 0.05 * total + 4 * 4096
+    edges = {graph.tensors[index].type.numel for index in (*graph.inputs, *graph.outputs)}
+    inner = [graph.tensors[index].type for node in graph.nodes for index in node.outputs]
+    assert {type.numel for type in inner if type.dtype.is_float} <= edges
 
 
 def test_compare_finds_the_layers_of_a_static_network() -> None:
