@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.torchvk-setup
 
-.PHONY: demo test test-gpu setup shaders lint types walls unit docs bench clean
+.PHONY: demo test test-gpu setup shaders lint types walls unit docs accuracy bench clean
 
 demo: setup
 	$(BIN)/python -m examples.minilm
@@ -53,10 +53,15 @@ test-gpu:
 docs: setup
 	$(BIN)/python tools/generate_docs.py
 
+# Lowers some seventy models: ten minutes or more.
+accuracy: setup
+	$(BIN)/python -m benchmarks.accuracy
+
 bench: setup
 	$(BIN)/python -m benchmarks.call
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.minilm --batches 1
+	$(BIN)/python -m benchmarks.conv --batches 1
 
 clean:
 	rm -rf $(VENV) build dist torchvk/shaders/spirv .mypy_cache .ruff_cache .pytest_cache .coverage*

@@ -246,6 +246,9 @@ def main(
                     save.mkdir(parents=True, exist_ok=True)
                     hollow(lowered(model, name, scheme, batch), save / f"{stem}.hollow")
                     continue
+                if files is not None and not (files / f"{stem}.hollow").exists():
+                    console.print(f"{stem}: no such file, left out")
+                    continue
                 with tempfile.TemporaryDirectory() as scratch:
                     path = Path(scratch) / f"{stem}.pte"
                     file = fill(files / f"{stem}.hollow") if files else lowered(model, name, scheme, batch)

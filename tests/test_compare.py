@@ -87,7 +87,7 @@ def test_numbers(rng: np.random.Generator, device: str | None) -> None:
 
 
 @ON_BOTH
-@pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("epilogue", ["relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"])
 def test_fused_activations_are_taken_out(rng: np.random.Generator, device: str | None, epilogue: str) -> None:
     """A layer is compared before the activation that it is fused with, and the program's result stays the same."""
     weights = weights_of(rng, 2)

@@ -19,7 +19,7 @@ from torchvk.graph import DType, Graph, Node, Role, Tensor
 
 Array = np.ndarray[Any, Any]
 
-# operator → the input that is added after its epilogue
+# operators with an epilogue → the input that is added after it
 RESIDUAL = {"linear": 3, "quantized_linear": 4, "conv": 3, "quantized_conv": 6}
 # The node that does what an epilogue does. ("silu" is two.)
 ACTIVATIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -134,10 +134,11 @@ def _unfused(graph: Graph) -> tuple[Graph, dict[int, list[int]]]:
 
     for node in graph.nodes:
         name = node.attributes.get("epilogue", "none")
-        slot = RESIDUAL.get(node.op, len(node.inputs))
-        residual = node.inputs[slot] if slot < len(node.inputs) else None
+        slot = RESIDUAL.get(node.op)
+        residual = node.inputs[slot] if slot is not None and slot < len(node.inputs) else None
         result = graph.tensors[node.outputs[0]]
-        if (name == "none" and residual is None) or not result.dtype.is_float or node.op not in RESIDUAL:
+        known = name in ("none", "silu") or name in ACTIVATIONS
+        if node.op not in RESIDUAL or not known or (name, residual) == ("none", None) or not result.dtype.is_float:
             nodes.append(node)
             continue
         tensors.append(replace(result, role=Role.TEMPORARY))
@@ -236,7 +237,9 @@ def _note(graph: Graph, known: dict[int, Affine], index: int | None, affine: Aff
 
 def _said(node: Node, name: str) -> Affine | None:
     scale = node.attributes.get(f"{name}_scale")
-    if not isinstance(scale, float | int):
+    # Where activations are not static their attributes have defaults, which mean nothing.
+    meant = name != "input" or node.attributes.get("activation", "static") == "static"
+    if not meant or not isinstance(scale, float | int):
         return None
     return Affine(np.array(scale, np.float32), np.array(node.attributes.get(f"{name}_zero_point") or 0))
 
