@@ -63,7 +63,7 @@ def small_network() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("config", [{}, {"weight_bits": 4}, {"is_static": True}])
+@pytest.mark.parametrize("config", [{}, {"weight_bits": 4}, {"is_static": True}, {"is_dynamic": True}])
 def test_quantized(config: dict[str, object]) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
@@ -71,8 +71,9 @@ def test_quantized(config: dict[str, object]) -> None:
     lowered = lower_program(torch.export.export(module, (x,)))
     assert not lowered.cpu
     counts = lowered.operators()
-    assert counts["quantized_conv"] == 3
-    assert "conv" not in counts
+    assert counts["quantized_conv"] == (4 if "is_dynamic" in config else 3)
+    assert not {"conv", "clamp", "relu"} & set(counts)
+    assert counts["permute"] == 2
     # Of weights, nothing is left in floating point.
     graph = lowered.graph
     floats = [t for t in graph.tensors if t.data is not None and t.dtype.value == "float32" and len(t.shape) > 2]

@@ -10,7 +10,7 @@ from torchvk.lowering.passes.fold import fold_constants, fold_parameters
 from torchvk.lowering.passes.layout import move_permutes
 from torchvk.lowering.passes.linear import fuse_linear
 from torchvk.lowering.passes.qdq import drop_pairs, requantize
-from torchvk.lowering.passes.quantized_conv import move_weights, quantize_conv
+from torchvk.lowering.passes.quantized_conv import look_behind_permutes, move_weights, quantize_conv
 from torchvk.lowering.passes.quantized_elementwise import fuse_quantized_elementwise
 from torchvk.lowering.passes.quantized_linear import fuse_quantized_linear
 from torchvk.lowering.passes.quantized_movement import move_integers
@@ -20,7 +20,7 @@ from torchvk.lowering.passes.views import simplify_views
 # Views first: what they hide (a transposed weight, a broadcast bias) is what the others look for.
 # Quantized operators before constants are folded, which would make floats of quantized weights.
 PASSES = (
-    *(simplify_views, fold_parameters, fuse_activations, move_permutes, simplify_views),
+    *(simplify_views, fold_parameters, fuse_activations, look_behind_permutes, move_permutes, simplify_views),
     *(move_integers, drop_pairs, move_weights, fuse_conv),
     *(quantize_conv, fuse_quantized_linear, requantize, fuse_quantized_elementwise),
     *(fuse_attention, fuse_linear, fuse_epilogue, fuse_sums),

@@ -110,8 +110,27 @@ def _activation(rewriter: Rewriter, x: Value) -> tuple[Value, list[Value | None]
     return x, [], {"activation": "none"}
 
 
-def _relu(rewriter: Rewriter, call: Call) -> Value | None:
+def look_behind_permutes(draft: Draft) -> Draft:
+    """The range of a tensor is that of the tensor before it was permuted, so that nobody reads the permuted one but
+    who needs it."""
+    made: dict[Value, Call] = {}
+    new = Draft(list(draft.inputs), [], list(draft.outputs))
+    for call in draft.calls:
+        permute = made.get(call.inputs[0]) if call.op == "choose_qparams" and call.inputs[0] is not None else None
+        if permute is not None and permute.op == "permute" and all(y.type.numel == 1 for y in call.outputs):
+            call = replace(call, inputs=(permute.inputs[0], *call.inputs[1:]))
+        made.update(dict.fromkeys(call.outputs, call))
+        new.calls.append(call)
+    return new
+
+
+def _activated(rewriter: Rewriter, call: Call) -> Value | None:
     """Into a convolution whose result is not quantized (if it is, the bounds do it)."""
+    name = call.op
+    if name == "clamp":
+        if (call.attributes.min, call.attributes.max) != (0, 6):
+            return None
+        name = "relu6"
     value = call.inputs[0]
     permute = rewriter.producer(value, "permute")
     inner = permute.inputs[0] if permute else value
@@ -120,9 +139,9 @@ def _relu(rewriter: Rewriter, call: Call) -> Value | None:
         return None
     if rewriter.uses.get(value, 0) != 1 or rewriter.uses.get(inner, 0) != 1 or layer.attributes.output_dtype:
         return None
-    attributes = replace(layer.attributes, epilogue="relu")
+    attributes = replace(layer.attributes, epilogue=name)
     result = rewriter.op(layer.op, *layer.inputs, like=layer, attributes=attributes)
     return rewriter.op("permute", result, like=permute, attributes=permute.attributes) if permute else result
 
 
-RULES: dict[str, Rule] = {"relu": _relu}
+RULES: dict[str, Rule] = dict.fromkeys(("relu", "clamp", "hardswish"), _activated)
