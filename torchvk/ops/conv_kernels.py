@@ -14,6 +14,7 @@ from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, rea
 from torchvk.ops.quantization import reads_texels
 
 MAX_COLUMNS = 1 << 30  # bytes of scratch memory
+FEW_TILES = 40
 
 
 @dataclass(frozen=True)
@@ -72,38 +73,61 @@ class Case:
         )
 
 
-def columns_bytes(geometry: Geometry, dtype: DType, capabilities: Capabilities, pitch: int = 0) -> int:
+def columns_bytes(geometry: Geometry, dtype: DType, capabilities: Capabilities) -> int:
     """The size of the matrix that conv_columns.slang writes, or 0 where it is not to be written."""
-    size = geometry.pixels * (pitch or geometry.k) * dtype.bits // 8
+    size = geometry.pixels * columns_pitch(geometry.k, dtype) * dtype.bits // 8
     return size if geometry.groups == 1 and size <= min(MAX_COLUMNS, capabilities.max_storage_range) else 0
+
+
+def columns_pitch(k: int, dtype: DType) -> int:
+    """Elements of a row that conv_columns.slang writes."""
+    each = 128 // dtype.bits
+    return -(-k // each) * each
+
+
+def columns_constants(geometry: Geometry, dtype: DType) -> tuple[int, ...]:
+    """Specialization constants from 10 on of conv_columns.slang."""
+    pieces = columns_pitch(geometry.k, dtype) * dtype.bits // 128
+    return (geometry.k, geometry.group_channels, *geometry.kernel[:0:-1], pieces)
+
+
+def _written(geometry: Geometry, dtype: DType, source: Arg, scratch: int, capabilities: Capabilities) -> Dispatch:
+    """The dispatch that writes columns of floating-point numbers."""
+    size = geometry.pixels * columns_pitch(geometry.k, dtype) * dtype.bits // 8
+    wide = geometry.channels * dtype.bits % 128 == 0
+    return Dispatch(
+        "conv_columns_wide" if wide else "conv_columns",
+        (source, scratch_write(scratch)),
+        grid(size // 16, capabilities),
+        (capabilities.local_size, DTYPE[dtype], *(0,) * 8, *columns_constants(geometry, dtype)),
+        geometry.push(0, size // 16) + bytes(16),
+        bytes=2 * size,
+    )
 
 
 def _columns(case: Case, capabilities: Capabilities) -> Kernels:
     """The pixels' columns in scratch memory, and the product of a linear layer."""
     g = case.geometry
     slots = Slots(0, 1, case.bias, case.residual, case.ending)
-    product = product_kernels(Product(g.pixels, g.outputs, g.k, case.dtype, transpose_b=True), slots, capabilities)
+    pitch = columns_pitch(g.k, case.dtype)
+    product = product_kernels(Product(g.pixels, g.outputs, pitch, case.dtype, transpose_b=True), slots, capabilities)
     own = len(product.scratch)
+    places = {0: scratch_read(own), 1: case.weight(False) if pitch == g.k else scratch_read(own + 1)}
 
     def moved(arg: Arg) -> Arg:
-        if arg.role != "input" or arg.index not in (0, 1):
+        if arg.role != "input" or arg.index not in places:
             return arg
-        there = scratch_read(own) if arg.index == 0 else case.weight(False)
+        there = places[arg.index]
         return replace(arg, role=there.role, index=there.index, layout=there.layout)
 
-    each = 128 // case.dtype.bits
-    wide = g.channels % each == 0
-    units = -(-g.pixels * g.k // (each if wide else each // 4))
-    first = Dispatch(
-        "conv_columns_wide" if wide else "conv_columns",
-        (read(0), scratch_write(own)),
-        grid(units, capabilities),
-        (capabilities.local_size, DTYPE[case.dtype]),
-        g.push(g.k, units) + bytes(16),
-        bytes=2 * g.pixels * g.k * case.dtype.bits // 8,
-    )
+    sizes = [g.pixels * pitch * case.dtype.bits // 8]
+    first = [_written(g, case.dtype, read(0), own, capabilities)]
+    if pitch != g.k:
+        rows = g.pointwise(g.outputs, g.k)
+        first.append(_written(rows, case.dtype, case.weight(False), own + 1, capabilities))
+        sizes.append(g.outputs * pitch * case.dtype.bits // 8)
     rest = (replace(each, buffers=tuple(map(moved, each.buffers))) for each in product.dispatches)
-    return Kernels((first, *rest), (*product.scratch, g.pixels * g.k * case.dtype.bits // 8))
+    return Kernels((*first, *rest), (*product.scratch, *sizes))
 
 
 def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
@@ -122,13 +146,18 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
         work = g.tiles(rows, 4 * LANES)
         kernel = f"conv_lanes_{case.name}{odd}"
         yield "lanes", Kernels((case.dispatch(kernel, LANES, grid(work[1], capabilities, 1), work, texels),))
-    for tile in matrix_tiles(g, False, capabilities) if case.half else ():
+    tiles = matrix_tiles(g, False, capabilities) if case.half else []
+    written = columns_bytes(g, case.dtype, capabilities) and case.bias_dtype is case.dtype and not texels
+    # A few large tiles leave a GPU idle; linear layers have smaller ones.
+    few = bool(tiles) and tiles[0].count(g.pixels, g.group_outputs) * g.groups < FEW_TILES
+    if written and few:
+        yield "columns", _columns(case, capabilities)
+    for tile in tiles:
         work = g.tiles(tile.m, tile.n)
         groups = grid(work[1], capabilities, 1)
-        kernel = f"conv_matrix_{tile.name}"
-        dispatch = case.dispatch(kernel, tile.threads, groups, work, more=matrix_constants(g))
+        dispatch = case.dispatch(f"conv_matrix_{tile.name}", tile.threads, groups, work, more=matrix_constants(g))
         yield f"matrix_{tile.name}", Kernels((dispatch,))
-    if columns_bytes(g, case.dtype, capabilities) and case.bias_dtype is case.dtype and capabilities.kind != "cpu":
+    if written and not few:
         yield "columns", _columns(case, capabilities)
     units = -(-g.y_elements // (2 if case.half else 1))
     groups = grid(units, capabilities)

@@ -155,6 +155,11 @@ class Geometry:
     def y_elements(self) -> int:
         return self.pixels * self.outputs
 
+    def pointwise(self, rows: int, columns: int) -> Geometry:
+        """A matrix of so many rows and columns as a convolution of single pixels, with this one's outputs."""
+        one, ones = (1, 1, rows), (1, 1, 1)
+        return Geometry(1, one, one, ones, ones, (0, 0, 0), ones, ones, 1, columns, self.outputs, False)
+
     @property
     def flat(self) -> bool:
         """At most two dimensions, which most kernels are for."""

@@ -23,7 +23,7 @@ import numpy as np
 from torchvk.graph import DType, TensorType
 from torchvk.ops.codes import DTYPE, units
 from torchvk.ops.conv_kernels import Case as FloatCase
-from torchvk.ops.conv_kernels import columns_bytes, float_kernels
+from torchvk.ops.conv_kernels import columns_bytes, columns_constants, float_kernels
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import (
     LANES,
@@ -343,35 +343,22 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
         kernel = f"quantized_conv_matrix_{tile.name}"
         dispatch = case.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(g))
         yield f"matrix_{tile.name}", Kernels((dispatch,))
-    if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities, rows.columns):
+    if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities):
         yield from _columns(case, rows, capabilities)
 
 
 def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
     """The pixels' columns in scratch memory, in rows of whole words, multiplied as a convolution of one pixel."""
     g, pitch = case.geometry, rows.columns
-    ones = (1, 1, 1)
-    product = replace(
-        g,
-        images=1,
-        size=(1, 1, g.pixels),
-        output=(1, 1, g.pixels),
-        kernel=ones,
-        stride=ones,
-        before=(0, 0, 0),
-        dilation=ones,
-        up=ones,
-        channels=pitch,
-    )
-    units = g.pixels * pitch // 4
-    push = case.geometry.push(pitch, units) + case.push()[-16:]
+    size = g.pixels * pitch
+    product = g.pointwise(g.pixels, pitch)
     columns = Dispatch(
         "quantized_conv_columns",
         (*case.buffers()[:-1], scratch_write(0)),
-        grid(units, capabilities),
-        case.constants(capabilities.local_size),
-        push,
-        bytes=2 * g.pixels * pitch,
+        grid(size // 16, capabilities),
+        (*case.constants(capabilities.local_size), 0, *columns_constants(g, DType.INT8)),
+        case.push(0, size // 16),
+        bytes=2 * size,
     )
     inner = replace(case, geometry=product)
     for tile in matrix_tiles(product, True, capabilities):
@@ -380,7 +367,7 @@ def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[
         kernel = f"quantized_conv_matrix_{tile.name}"
         dispatch = inner.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(product))
         dispatch = replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
-        yield f"columns_{tile.name}", Kernels((columns, dispatch), (g.pixels * pitch,))
+        yield f"columns_{tile.name}", Kernels((columns, dispatch), (size,))
 
 
 def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
