@@ -159,18 +159,15 @@ def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.
         check(attributes(96, activation, np.float16), odd, bits, variant=in_parts[0])
 
 
-@pytest.mark.parametrize("max_tier", [0, None])
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
-def test_zero_points_of_weights(
-    max_tier: int | None, activation: str, device_kind: str, rng: np.random.Generator
-) -> None:
+def test_zero_points_of_weights(activation: str, device_kind: str, rng: np.random.Generator) -> None:
     """One row and many, groups of half a unit, of units and of all columns; and 2-bit weights without them."""
     cases = [((1, 64), 31, 16, 4), ((3, 96), 5, 96, 8), ((9, 2, 96), 34, 32, 4), ((20, 80), 9, 16, 8)]
     cases += [((2, 96), 7, 32, 2), ((11, 80), 6, 16, 2), ((1, 96), 9, 96, 2), ((1, 97), 9, 97, 2)]
     for case, (shape, n, group, bits) in enumerate(cases):
         dtype = DTYPES[case % 2]
         inputs = operands(rng, shape, n, group, bits, dtype, np.float32, zeros=case < 7)
-        check(attributes(group, activation, dtype), inputs, bits, max_tier=max_tier)
+        check(attributes(group, activation, dtype), inputs, bits)
 
 
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
