@@ -24,8 +24,10 @@ from torchvk.ops.operator import Array, expect
 
 MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
 MAX_STEP = (1 << 16) - 1  # stride and input dilation share a word
-# lavapipe ends loops, silently, after 65535 iterations of all loops of a workgroup together.
-MAX_K = 60_000
+# lavapipe ends loops, silently, after 65535 iterations of all loops of a workgroup together. The kernel for all
+# convolutions goes over taps and channels, for up to two results (four where they are 8 bits of floats: fewer then).
+MAX_K = 30_000
+MAX_K_OF_FLOATS_TO_BYTES = 15_000
 MAX_TAPS = 1024  # of a depthwise convolution: sums of 8-bit products are exact in float32
 
 
@@ -184,14 +186,14 @@ class Geometry:
         return struct.pack("<20I3i3I", *words, *self.before, *self.dilation)
 
 
-def reason_against(name: str, attributes: Sliding, x: TensorType, weight: TensorType) -> str | None:
+def reason_against(name: str, attributes: Sliding, x: TensorType, weight: TensorType, max_k: int = MAX_K) -> str | None:
     """What the kernels cannot do, in words."""
     y = TensorType(x.dtype, output_shape(name, attributes, x, weight))
     geometry = Geometry.of(attributes, x, weight, y)
     if max(geometry.x_elements, geometry.y_elements, weight.numel) >= MAX_ELEMENTS:
         return f"{name} of {x} and {weight} has more than {MAX_ELEMENTS} elements"
-    if geometry.k > MAX_K:
-        return f"{name} sums over {geometry.k} products a result; at most {MAX_K} are supported"
+    if geometry.k + geometry.taps > max_k:
+        return f"{name} sums over {geometry.k} products under {geometry.taps} taps; together {max_k} are supported"
     if max(*geometry.stride, *geometry.up) > MAX_STEP:
         return f"{name} with strides above {MAX_STEP} is not supported"
     reach = (abs(b) + d * k + s * o for b, d, k, s, o in zip(*_reach(geometry), strict=True))

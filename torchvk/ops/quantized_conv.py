@@ -27,6 +27,8 @@ from torchvk.ops.conv_kernels import columns_bytes, columns_constants, float_ker
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import (
     LANES,
+    MAX_K,
+    MAX_K_OF_FLOATS_TO_BYTES,
     Geometry,
     convolve,
     is_depthwise,
@@ -150,7 +152,10 @@ def _support(attributes: QuantizedConvAttributes, inputs: Types) -> str | None:
     assert x is not None
     assert weight is not None
     # |q − zero point| ≤ 255 and |w| ≤ 128: sums of MAX_K products stay below 2^31.
-    return reason_against("quantized_conv", attributes, x, weight)
+    floats_to_bytes = attributes.activation == "none" and attributes.output_dtype is not None
+    return reason_against(
+        "quantized_conv", attributes, x, weight, MAX_K_OF_FLOATS_TO_BYTES if floats_to_bytes else MAX_K
+    )
 
 
 def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
