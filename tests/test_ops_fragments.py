@@ -20,6 +20,16 @@ def nvidia() -> Fragment:
     return Fragment(16, 16, 32, tuple(elements))
 
 
+def nvidia_int8() -> Fragment:
+    """Matrix A of 16 x 32 int8 on an H200: quads of lanes share a row, four neighbours are in a register."""
+    elements = []
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 4
+        for down, right in ((0, 0), (0, 16), (8, 0), (8, 16)):
+            elements += [(row + down) * 32 + column + right + i for i in range(4)]
+    return Fragment(16, 32, 32, tuple(elements), "int8")
+
+
 def rows_in_lanes() -> Fragment:
     """A lane has a row."""
     return Fragment(8, 8, 8, tuple(range(64)))
@@ -62,6 +72,32 @@ def test_weights(fragment: Fragment, bits: int, rng: np.random.Generator) -> Non
             for lane in range(fragment.lanes):
                 row, column = divmod(int(fragment.table[lane, element]), fragment.columns)
                 found[row :: fragment.rows, f * fragment.columns + column :: UNIT] = value[..., lane]
+    np.testing.assert_array_equal(found[:n], weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("small", [False, True], ids=["nvidia", "columns"])
+def test_weights_as_they_are(small: bool, bits: int, rng: np.random.Generator) -> None:
+    """int8 matrices take int4 as two nibbles, one in the high half of a byte each, and int8 as it is; so is float16."""
+    fragment = replace(columns_in_lanes(), dtype="int8") if small else nvidia_int8()
+    if bits == 16:
+        fragment = columns_in_lanes() if small else nvidia()
+    n, units = 37, 3
+    weight = rng.integers(-(1 << (min(bits, 8) - 1)), 1 << (min(bits, 8) - 1), (n, units * UNIT))
+    weight = weight.astype(np.float16 if bits == 16 else np.int8)
+    packed = fragment.pack_weight(weight, bits)
+    blocks, per_unit = -(-n // fragment.rows), UNIT // fragment.columns
+    values = packed.view(weight.dtype).astype(np.int64)
+    if bits == 4:
+        words = packed.reshape(-1, 1) << np.array([4, 0], np.uint32) & 0xF0F0F0F0
+        values = words.astype(np.uint32).view(np.int8).astype(np.int64) // 16
+    values = values.reshape(blocks, units, fragment.lanes, per_unit, -1)
+    found = np.zeros((blocks * fragment.rows, units * UNIT), np.int64)
+    for lane, elements in enumerate(fragment.table):
+        for i, element in enumerate(elements):
+            row, column = divmod(int(element), fragment.columns)
+            for f in range(per_unit):
+                found[row :: fragment.rows, f * fragment.columns + column :: UNIT] = values[:, :, lane, f, i]
     np.testing.assert_array_equal(found[:n], weight)
 
 

@@ -22,12 +22,13 @@ from torchvk.ops import CooperativeMatrixShape
 from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.linear import LinearAttributes, MatmulAttributes
 from torchvk.ops.matrix import Tile, pick, plausible, tiles_of
-from torchvk.ops.matrix_half import FRAGMENT_TILES, TILES
+from torchvk.ops.matrix_half import FRAGMENT_TILES, HALF_FRAGMENT_TILES, TILES
 
 SHAPES = tuple(
     CooperativeMatrixShape(m, n, k, "float16", "float16", "float32", "float32")
     for m, n, k in ((16, 8, 8), (16, 8, 16), (16, 16, 16), (8, 8, 8))
 )
+ALL_FRAGMENT_TILES = tuple({tile.name: tile for tile in (*FRAGMENT_TILES, *HALF_FRAGMENT_TILES)}.values())
 MATRIX_GPU = replace(GPU, tier=2, cooperative_matrices=SHAPES, fragments=(nvidia(),))
 SMALL = replace(MATRIX_GPU, subgroup_size=8, shared_memory=32768, fragments=(columns_in_lanes(),))
 LINEAR, MATMUL, QUANTIZED = map(ops.get, ("linear", "matmul", "quantized_linear"))
@@ -106,7 +107,7 @@ def test_tiles() -> None:
     assert pick(tiles, 513, 4096).count(513, 4096) <= 1.5 * pick(tiles, 512, 4096).count(512, 4096)
     assert small in tiles
     assert plausible(tiles, 128, 384)
-    for tile in (*TILES, *FRAGMENT_TILES):
+    for tile in (*TILES, *ALL_FRAGMENT_TILES):
         assert tile.threads <= 1024
         assert tile.shared(8, both=tile in TILES) <= 49152
         assert tile.depth // tile.subgroups[2] % tile.shape[2] == 0
@@ -124,12 +125,13 @@ def test_directives_agree_with_tiles() -> None:
     for file, prefix, tiles in (
         ("linear_matrix", "gemm_matrix", TILES),
         ("quantized_linear_matrix", "quantized_matrix", TILES),
-        ("quantized_linear_fragments", "quantized_fragments", FRAGMENT_TILES),
+        ("quantized_linear_fragments", "quantized_fragments", ALL_FRAGMENT_TILES),
     ):
         lines = [line for line in (folder / f"{file}.slang").read_text().splitlines() if line.startswith("//@kernel")]
         assert [line.split()[1] for line in lines] == [f"{prefix}_{tile.name}" for tile in tiles]
         for line, tile in zip(lines, tiles, strict=True):
-            assert {f"-D{name}={value}" for name, value in tile.defines().items()} <= set(line.split())
+            defines = tile.weights_first() if "fragments" in file else tile.defines()
+            assert {f"-D{name}={value}" for name, value in defines.items()} <= set(line.split())
 
 
 # On a device that has cooperative matrices
@@ -148,16 +150,24 @@ def all_variants(name: str, attributes: Any, inputs: list[Any], **options: Any) 
 
 @needs_matrices
 @pytest.mark.parametrize(
-    ("m", "n", "k", "dtype"), [(64, 64, 64, "float16"), (33, 35, 37, "float16"), (70, 34, 104, "float32")]
+    ("m", "n", "k", "dtype", "constants"),
+    [
+        (64, 64, 64, "float16", ()),
+        (33, 35, 37, "float16", ()),
+        (70, 34, 104, "float32", ()),
+        (131, 34, 96, "float16", (1,)),
+        (33, 35, 160, "float16", (1,)),
+    ],
 )
-def test_linear(m: int, n: int, k: int, dtype: str, rng: np.random.Generator) -> None:
+def test_linear(m: int, n: int, k: int, dtype: str, constants: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Weights that are constants come in fragments, too."""
     x, weight, bias, residual = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
     x[0], weight[-1] = np.abs(x[0]) * 50, np.abs(weight[-1])
     wide_x, wide_w = (a.astype(np.float16).astype(np.float64) for a in (x, weight))
     exact = apply_epilogue("relu", wide_x @ wide_w.T + bias, None) + residual
     size = np.abs(wide_x) @ np.abs(wide_w).T + np.abs(bias)
     bound = (k + 2) * EPSILON * size + 2 * EPSILON * (np.abs(exact) + np.abs(residual))
-    changes = {"changes": {"matmul_precision": "high"}}
+    changes: Any = {"changes": {"matmul_precision": "high"}, "constants": constants}
     for _, got in all_variants("linear", LinearAttributes("relu"), [x, weight, bias, residual], **changes):
         assert_within(got, exact, bound, dtype)
 

@@ -15,13 +15,14 @@ import pytest
 from harness import variant_names
 from quantized import OPERATOR, attributes
 from spirv import contract_errors
+from test_ops_fragments import columns_in_lanes, nvidia_int8
 from test_ops_quantized_linear import check, operands
 from variants import GPU
 
 import torchvk.shaders
 from torchvk.graph import DType, TensorType
 from torchvk.ops import CooperativeMatrixShape
-from torchvk.ops.quantized_linear_matrix import TILES
+from torchvk.ops.quantized_linear_matrix import FRAGMENT_TILES, TILES, fragment_kernel
 from torchvk.runtime.device import max_tier, open_device
 
 Array = np.ndarray[Any, Any]
@@ -47,6 +48,11 @@ def test_the_shader_lists_the_tiles() -> None:
     source = Path(torchvk.shaders.__path__[0], "quantized_linear_matrix_integer.slang").read_text()
     listed = [line for line in source.splitlines() if line.startswith("//@kernel")]
     assert listed == [tiles.directive(one) for tiles in TILES for one in (False, True)]
+    source = Path(torchvk.shaders.__path__[0], "quantized_linear_fragments_integer.slang").read_text()
+    listed = [line.split() for line in source.splitlines() if line.startswith("//@kernel")]
+    assert [words[1] for words in listed] == [fragment_kernel(tile) for tile in FRAGMENT_TILES]
+    for words, tile in zip(listed, FRAGMENT_TILES, strict=True):
+        assert {f"-D{name}={value}" for name, value in tile.weights_first().items()} <= set(words)
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: tiles.kernel(False))
@@ -65,6 +71,29 @@ def test_tiles_keep_the_contract(tiles: Any) -> None:
             assert count == tiles_n * -(-m // tiles.tile_m) == np.prod(dispatch.groups)
     little = replace(capabilities, shared_memory=tiles.shared_memory - 1)
     assert tiles.name not in dict(dispatches(300, 500, 256, 32, 4, little, "dynamic_per_token"))
+
+
+@pytest.mark.parametrize(("m", "n"), [(319, 500), (33, 4096), (60, 100)])
+@pytest.mark.parametrize("lanes", [8, 32])
+def test_fragments_keep_the_contract(m: int, n: int, lanes: int) -> None:
+    """The same of the kernels that take weights as a lane holds them: for one scale an output channel."""
+    fragment = nvidia_int8() if lanes == 32 else replace(columns_in_lanes(), dtype="int8")
+    shape = (16, 16, 32) if lanes == 32 else (8, 8, 8)
+    capabilities = device(shape, lanes, fragments=(fragment,))
+    offered = {f"fragments_{tile.name}": tile for tile in FRAGMENT_TILES if tile.lanes == lanes}
+    for bits, activation in ((4, "dynamic_per_token"), (8, "dynamic_per_tensor")):
+        found = dispatches(m, n, 352, 352, bits, capabilities, activation)
+        assert found[0][0] in offered
+        for name, dispatch in found:
+            assert contract_errors(dispatch, capabilities) == []
+            if name in offered and not any(arg.part for arg in dispatch.buffers):
+                *_, tiles_n, count = struct.unpack_from("<7I", dispatch.push)
+                assert tiles_n * offered[name].n >= n > (tiles_n - 1) * offered[name].n
+                assert count == offered[name].count(m, n) == np.prod(dispatch.groups)
+        in_groups = dispatches(m, n, 352, 32, bits, capabilities, activation)
+        assert not any("fragments" in name for name, _ in in_groups)
+    for less in (replace(capabilities, fragments=()), replace(capabilities, subgroup_size=64)):
+        assert not any("fragments" in name for name, _ in dispatches(m, n, 352, 352, 8, less, "dynamic_per_token"))
 
 
 def test_who_gets_matrix_units() -> None:

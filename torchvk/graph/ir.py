@@ -77,10 +77,11 @@ class Role(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """dtype and shape of a value."""
+    """dtype and shape of a value. ``constant``: its data are in the graph; kernels may have them rearranged."""
 
     dtype: DType
     shape: tuple[int, ...]
+    constant: bool = field(default=False, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -118,7 +119,7 @@ class Tensor:
 
     @property
     def type(self) -> TensorType:
-        return TensorType(self.dtype, self.shape)
+        return TensorType(self.dtype, self.shape, self.data is not None)
 
 
 @dataclass(frozen=True, slots=True)

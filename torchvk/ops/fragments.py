@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torchvk.ops.matrix import Tile
 
 Array = np.ndarray[Any, Any]
 
@@ -19,15 +22,17 @@ UNIT = 32  # columns that are loaded together
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Where the lanes of a subgroup hold the elements of matrix A, float16, of ``rows`` × ``columns``.
+    """Where the lanes of a subgroup hold the elements of matrix A, of ``rows`` × ``columns``.
 
     ``elements``: lane by lane, the elements (row · columns + column) in the order in which the lane has them.
+    ``dtype``: float16 or int8.
     """
 
     rows: int
     columns: int
     lanes: int
     elements: tuple[int, ...]
+    dtype: str = "float16"
 
     @property
     def per_lane(self) -> int:
@@ -76,22 +81,34 @@ class Fragment:
         pairs = (self.table // self.columns)[:, 0::2]
         return pairs[:: 1 << lane_shift][:, [slot << slot_shift for slot in range(slots)]].reshape(-1)
 
-    def pack_weight(self, weight: Array, bits: int) -> Array:
-        """A padded int8 [n, columns] (whole units) as words [blocks of rows][units][lanes][a lane's of a unit].
+    def suits(self, tile: Tile, dtype: str) -> bool:
+        """Whether it is matrix A of the tile's products of this dtype."""
+        rows, _, columns = tile.shape
+        return (self.dtype, self.rows, self.columns, self.lanes) == (dtype, rows, columns, tile.lanes)
 
-        int4, stored as q + 8: nibble 2p + h of a word, elements 8j … 8j + 7 of a lane's, at bit 4p + 16h. int8, stored
-        as q + 128: elements 4j, 4j + 2, 4j + 1, 4j + 3 in a word's bytes.
+    def pack_weight(self, weight: Array, bits: int) -> Array:
+        """A padded int8 or float16 [n, columns] (whole units) as words [blocks of rows][units][lanes][a lane's].
+
+        For float16: int4, stored as q + 8: nibble 2p + h of a word, elements 8j … 8j + 7 of a lane's, at bit 4p + 16h;
+        int8, stored as q + 128: elements 4j, 4j + 2, 4j + 1, 4j + 3 in a word's bytes. For int8: int4 elements 8j …
+        8j + 3 in the low halves of a word's bytes, 8j + 4 … 8j + 7 in the high ones; int8 in order. float16 in order.
         """
         n, columns = weight.shape
         blocks = -(-n // self.rows)
         if n % self.rows:
-            weight = np.concatenate([weight, np.zeros((blocks * self.rows - n, columns), np.int8)])
+            weight = np.concatenate([weight, np.zeros((blocks * self.rows - n, columns), weight.dtype)])
         per_unit = UNIT // self.columns
         shape = (blocks, self.rows, columns // UNIT, per_unit, self.columns)
         # Blocks, units, fragments of a unit, rows × columns.
         tiles = weight.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(blocks, columns // UNIT, per_unit, -1)
         # Lanes before the fragments of a unit: a lane's elements of a unit lie together.
-        elements = tiles[..., self.table].swapaxes(2, 3).reshape(-1, 8 if bits == 4 else 4)
+        of_lanes = tiles[..., self.table].swapaxes(2, 3)
+        if bits == 16:
+            return np.ascontiguousarray(of_lanes).view(np.uint32).reshape(-1)
+        elements = of_lanes.reshape(-1, 8 if bits == 4 else 4)
+        if self.dtype == "int8":
+            packed = elements if bits == 8 else elements[:, :4] & 15 | elements[:, 4:] << 4
+            return np.ascontiguousarray(packed).view(np.uint32).reshape(-1)
         values = elements.view(np.uint8) + np.uint8(8 if bits == 4 else 128)
         if bits == 8:
             return np.ascontiguousarray(values[:, [0, 2, 1, 3]]).view(np.uint32).reshape(-1)

@@ -13,7 +13,9 @@ from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
 from torchvk.ops import blocked
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
-from torchvk.ops.matrix import Tile, pick, plausible, tiles_of
+from torchvk.ops.fragments import Fragment
+from torchvk.ops.linear_fragments import fragment_dispatch, fragment_kernel, fragment_tiles
+from torchvk.ops.matrix import Tile, candidates, pick, plausible, tiles_of
 from torchvk.ops.matrix_half import TILES
 from torchvk.ops.operator import (
     Arg,
@@ -60,7 +62,7 @@ class LinearAttributes:
 @dataclass(frozen=True)
 class Product:
     """y[batch, m, n] = Σ_k A(m, k) · B(n, k) + bias[n], with sizes, strides of the batch dimensions (counted in
-    matrices, 0 where an operand is broadcast), and how the operands lie in memory."""
+    matrices, 0 where an operand is broadcast), how the operands lie in memory, and whether B is a constant."""
 
     m: int
     n: int
@@ -71,6 +73,7 @@ class Product:
     batch: tuple[int, ...] = ()
     strides_a: tuple[int, ...] = ()
     strides_b: tuple[int, ...] = ()
+    constant_b: bool = False
 
     @property
     def batches(self) -> int:
@@ -99,7 +102,7 @@ class Product:
 class Choice:
     """A kernel for a Product: its tile, its workgroup size, how many elements it loads at once where rows allow,
     whether A and B are bound as texel buffers, whether it multiplies cooperative matrices or register blocks, how many
-    k it takes at once, and how many workgroups share a tile's k."""
+    k it takes at once, how many workgroups share a tile's k, and the tile if the weight comes in fragments."""
 
     kernel: str
     tile_m: int
@@ -111,6 +114,7 @@ class Choice:
     block: bool = False
     step: int = 4
     splits: int = 1
+    fragments: tuple[Tile, Fragment] | None = None
 
 
 def choose(product: Product, capabilities: Capabilities) -> Choice:
@@ -126,6 +130,8 @@ def choose(product: Product, capabilities: Capabilities) -> Choice:
                 return Choice(f"gemv_rows_f16_wide{suffix}", 4, 4, local_size, 8)
             return Choice(f"gemv_rows_{name}{suffix}", 4, 4, local_size, 4)
         return Choice(f"gemv_columns_{name}", 4, 64, local_size, 2)
+    if fragments := fragment_choices(product, capabilities):
+        return fragments[0]
     tiles = matrix_tiles(product, capabilities)
     if tiles:
         return _matrix_choice(pick(tiles, product.m, product.n, product.batches))
@@ -149,6 +155,17 @@ def matrix_tiles(product: Product, capabilities: Capabilities) -> tuple[Tile, ..
     ):
         return ()
     return tiles_of(TILES, capabilities, "float16", "float32")
+
+
+def fragment_choices(product: Product, capabilities: Capabilities) -> list[Choice]:
+    """Products whose weight comes in fragments of matrices, the default first."""
+    if product.dtype is not DType.FLOAT16 or not (product.transpose_b and product.constant_b) or product.batch:
+        return []
+    fragments = dict(fragment_tiles(product.k, capabilities))
+    return [
+        Choice(fragment_kernel(tile), tile.m, tile.n, tile.threads, 8, matrix=True, fragments=(tile, fragments[tile]))
+        for tile in candidates(list(fragments), product.m, product.n)
+    ]
 
 
 def _matrix_choice(tile: Tile) -> Choice:
@@ -190,6 +207,7 @@ def _variants(product: Product, slots: Slots, capabilities: Capabilities) -> Var
     choices = {chosen: None}
     if "_wide" in chosen.kernel:
         choices[replace(chosen, kernel=chosen.kernel.replace("_wide", ""), group=4)] = None
+    choices.update(dict.fromkeys(fragment_choices(product, capabilities)))
     tiles = matrix_tiles(product, capabilities) if product.m > 1 else ()
     if tiles:
         for tile in plausible(tiles, product.m, product.n, product.batches):
@@ -250,10 +268,13 @@ def product_kernels(
 def _with_rest(
     product: Product, slots: Slots, capabilities: Capabilities, choice: Choice, whole: int
 ) -> Kernels | None:
-    """The first ``whole`` rows by the chosen kernel, and beside it the others by what is chosen for so few."""
+    """The first ``whole`` rows by the chosen kernel, and beside it the others by what is chosen for so few (with the
+    weight in fragments, too, if that is how it is there)."""
+    rest = replace(product, m=product.m - whole)
+    few = fragment_choices(rest, capabilities)[0] if choice.fragments else None
     parts = (
         (whole, product_kernels(replace(product, m=whole), slots, capabilities, choice)),
-        (product.m - whole, product_kernels(replace(product, m=product.m - whole), slots, capabilities)),
+        (rest.m, product_kernels(rest, slots, capabilities, few)),
     )
     size = product.dtype.bits // 8
     row_bytes = {("input", slots.a): product.k * size, ("output", 0): product.n * size}
@@ -264,6 +285,10 @@ def _with_rest(
 
 def _dispatch(product: Product, slots: Slots, choice: Choice, out: Arg, capabilities: Capabilities) -> Dispatch:
     """The product itself."""
+    if choice.fragments is not None:
+        operands = (slots.a, slots.b, slots.bias, slots.residual)
+        of_product = (product.m, product.n, product.k, *choice.fragments)
+        return fragment_dispatch(*of_product, operands, slots.ending, out, capabilities)
     tiles_n = -(-product.n // choice.tile_n)
     tiles = -(-product.m // choice.tile_m) * tiles_n
     half = product.dtype is DType.FLOAT16
@@ -475,7 +500,9 @@ def _linear_case(attributes: LinearAttributes, inputs: Types) -> tuple[Product, 
     x, weight, bias, residual = (*inputs, None, None)[:4]
     assert x is not None
     assert weight is not None
-    product = Product(math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True)
+    product = Product(
+        math.prod(x.shape[:-1]), weight.shape[0], weight.shape[1], x.dtype, transpose_b=True, constant_b=weight.constant
+    )
     ending = epilogue_constants(attributes.epilogue, residual)
     slots = Slots(bias=None if bias is None else 2, residual=None if residual is None else 3, ending=ending)
     return product, slots

@@ -15,7 +15,8 @@ BUSY = 96
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A kernel's tile: the cooperative matrix's shape, lanes of a subgroup, results and columns a step of a
-    workgroup, its subgroups (rows × columns × split over k), and how many steps ahead operands are loaded."""
+    workgroup, its subgroups (rows × columns × split over k), how many steps ahead operands are loaded, and the
+    workgroups below which smaller tiles are better."""
 
     shape: tuple[int, int, int]
     lanes: int
@@ -24,6 +25,7 @@ class Tile:
     depth: int
     subgroups: tuple[int, int, int]
     ahead: int = 1
+    least: int = BUSY
 
     @property
     def threads(self) -> int:
@@ -70,6 +72,13 @@ class Tile:
             "AHEAD": self.ahead,
         }
 
+    def weights_first(self) -> dict[str, int]:
+        """The same where weights are the first matrix (quantized_linear_fragments): the tile's columns are its rows."""
+        rows, columns, _ = self.subgroups
+        frags = {"FRAGS_M": self.m // rows // self.shape[1], "FRAGS_N": self.n // columns // self.shape[0]}
+        # Words that a lane has of 32 columns of int4: two or four.
+        return {**self.defines(), **frags, "UNIT_WORDS_2": int(self.shape[0] * 32 // self.lanes == 16)}
+
 
 def tiles_of(
     tiles: Sequence[Tile], capabilities: Capabilities, element: str, accumulator: str, both: bool = True
@@ -94,7 +103,7 @@ def pick(tiles: Sequence[Tile], m: int, n: int, batches: int = 1) -> Tile:
     much of it lying beyond the results; else the one with the most workgroups."""
     for tile in tiles:
         count = tile.count(m, n) * batches
-        if count >= BUSY and count * tile.m * tile.n <= 1.5 * m * n * batches:
+        if count >= tile.least and count * tile.m * tile.n <= 1.5 * m * n * batches:
             return tile
     return max(tiles, key=lambda tile: tile.count(m, n))
 

@@ -247,21 +247,23 @@ def shape_class(op: str, attributes: Any, inputs: Types) -> str:
     """Cases for which the same variant is taken to be the fastest, as text.
 
     The operator, its attributes (numbers such as scales and epsilons change no kernel's speed: left out) and the
-    input types. The rows of the first input, and of others with the same rows, count in classes: exactly up to 16,
-    then four classes an octave.
+    input types, with a star for constants where they need not be. The rows of the first input, and of others with the
+    same rows, count in classes: exactly up to 16, then four classes an octave.
     """
     names = [spec.name for spec in fields(attributes)]
     words = [f"{name}={value}" for name in names if not isinstance(value := getattr(attributes, name), float)]
+    constants = _registry[op].constant_inputs if op in _registry else frozenset()
     leading = inputs[0].shape[:-1] if inputs and inputs[0] is not None else ()
 
-    def text(type: TensorType | None) -> str:
+    def text(slot: int, type: TensorType | None) -> str:
         if type is None:
             return "none"
         rows = math.prod(type.shape[:-1])
         sizes = [*type.shape] if type.shape[:-1] != leading else [_size_class(rows), *type.shape[-1:]]
-        return f"{type.dtype.value}{sizes}".replace(" ", "")
+        star = "*" if type.constant and slot not in constants else ""
+        return f"{type.dtype.value}{sizes}{star}".replace(" ", "")
 
-    return " ".join([op, *words, *map(text, inputs)])
+    return " ".join([op, *words, *(text(slot, type) for slot, type in enumerate(inputs))])
 
 
 def _size_class(size: int) -> int:

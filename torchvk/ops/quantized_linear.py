@@ -58,8 +58,13 @@ from torchvk.ops.quantization import (
 )
 from torchvk.ops.quantization import spreading as spread
 from torchvk.ops.quantized_linear_gemv import Case, few_rows
+from torchvk.ops.quantized_linear_matrix import (
+    FEW_ROWS,
+    fragment_candidates,
+    fragment_kernel,
+    weight_sums,
+)
 from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
-from torchvk.ops.quantized_linear_matrix import weight_sums
 from torchvk.ops.quantized_packing import UNIT, Packing, pitch_of
 from torchvk.ops.requantization import EightBits, Requantization, Storing, check_parameters, storing
 from torchvk.ops.rows import stacked, whole_rows
@@ -300,15 +305,25 @@ def float_choices(m: int, packing: Packing, dtype: DType, capabilities: Capabili
         return []
     if dtype is DType.FLOAT32 and capabilities.matmul_precision == "highest":
         return []
-    choices = []
-    tiles = candidates(tiles_of(FRAGMENT_TILES, capabilities, "float16", "float32", both=False), m, packing.n)
-    for tile in tiles:
-        for fragment in capabilities.fragments:
-            fits = (fragment.rows, fragment.columns, fragment.lanes) == (tile.shape[0], tile.shape[2], tile.lanes)
-            if fits and packing.takes(fragment):
-                choices.append((f"fragments_{tile.name}", fragment_choice(tile, fragment)))
+    choices = fragment_choices(m, packing, False, capabilities)
     tiles = candidates(tiles_of(TILES, capabilities, "float16", "float32"), m, packing.n)
     return choices + [(tile.name, matrix_choice(tile)) for tile in tiles]
+
+
+def fragment_choices(m: int, packing: Packing, integers: bool, capabilities: Capabilities) -> list[tuple[str, Choice]]:
+    """Products whose weight comes in fragments of matrices, by name, best first."""
+    if integers:
+        return [
+            (f"fragments_{tile.name}", fragment_choice(tile, fragment, fragment_kernel(tile)))
+            for tile, fragment in fragment_candidates(m, packing, capabilities)
+        ]
+    tiles = candidates(tiles_of(FRAGMENT_TILES, capabilities, "float16", "float32", both=False), m, packing.n)
+    return [
+        (f"fragments_{tile.name}", fragment_choice(tile, fragment, f"quantized_fragments_{tile.name}"))
+        for tile in tiles
+        for fragment in capabilities.fragments
+        if fragment.suits(tile, "float16") and packing.takes(fragment)
+    ]
 
 
 def _variants(
@@ -331,7 +346,8 @@ def _variants(
         pass  # The kernels of matrix units have neither.
     elif scheme is None:
         choices = float_choices(m, packing, x.dtype, capabilities)[:most]
-    else:
+    elif m > FEW_ROWS:
+        choices = fragment_choices(m, packing, True, capabilities)
         for tiles in list(integer_candidates(m, packing, capabilities))[:most]:
             kernel = tiles.kernel(packing.groups == 1)
             choices.append((tiles.name, Choice(kernel, tiles.tile_m, tiles.tile_n, tiles.threads, matrix=True)))
@@ -358,7 +374,7 @@ def _with_rest(
     whole = m if choice.texels else whole_rows(m, choice.tile_m)
     x, _, _, _, residual = _operands(inputs)
     # (float16 results of odd rows share words, and are rounded by a pass at the end.)
-    if whole == m or (x.dtype is DType.FLOAT16 and packing.n % 2 == 1):
+    if whole == m or not _reads(everything.dispatches[-1], "input", WEIGHT):
         return everything
 
     def some(rows: int) -> Types:
@@ -370,31 +386,42 @@ def _with_rest(
 
     # Activations are quantized for all; a kernel that reads something else is no part of this.
     before = Kernels(everything.dispatches[:-1], everything.scratch)
-    row_bytes = {("input", X): x.nbytes // m}
-    row_bytes[("output", 0)] = _infer(attributes, inputs)[0].nbytes // m
-    row_bytes[("input", RESIDUAL)] = packing.n * attributes.floats(x).bits // 8
+    row_bytes = {("input", X): x.nbytes // m, ("output", 0): _infer(attributes, inputs)[0].nbytes // m}
+    if residual is not None:
+        row_bytes["input", RESIDUAL] = residual.nbytes // m
     row_bytes |= {("scratch", i): size // m for i, size in enumerate(everything.scratch[:2])}
     tiles = _chosen(attributes, some(whole), packing, whole, choice, capabilities).dispatches[-1]
-    outputs = _infer(attributes, some(m - whole))
-    for _, kernels in _variants(attributes, some(m - whole), outputs, capabilities):
-        few = kernels.dispatches[-1]
-        if _sources(few) == _sources(tiles):
-            parts = ((whole, Kernels((tiles,))), (m - whole, Kernels((few,))))
+    rest = m - whole
+    few = [kernels for _, kernels in _variants(attributes, some(rest), _infer(attributes, some(rest)), capabilities)]
+    if choice.fragment is not None:
+        choices = fragment_choices(rest, packing, attributes.integers(x) is not None, capabilities)
+        few = [_chosen(attributes, some(rest), packing, rest, small, capabilities) for _, small in choices]
+    for kernels in few:
+        if _sources(kernels.dispatches[-1]) == _sources(tiles):
+            parts = ((whole, Kernels((tiles,))), (rest, Kernels(kernels.dispatches[-1:])))
             return stacked(before, parts, row_bytes) or everything
     return everything
 
 
-def _sources(dispatch: Dispatch) -> set[tuple[str, int]]:
-    """What a product reads but constants and the residual."""
-    return {(arg.role, arg.index) for arg in dispatch.buffers if arg.read and (arg.role == "scratch" or arg.index == X)}
+def _reads(dispatch: Dispatch, role: str, index: int) -> bool:
+    return any((arg.role, arg.index) == (role, index) for arg in dispatch.buffers if arg.read)
+
+
+def _sources(dispatch: Dispatch) -> set[tuple[str, int, str]]:
+    """What a product reads but scales, bias and residual: x or its copy, and the weight, as it is packed."""
+    return {
+        (arg.role, arg.index, arg.layout.name if arg.layout else "")
+        for arg in dispatch.buffers[:2]
+        if arg.read and (arg.role == "scratch" or arg.index in (X, WEIGHT))
+    }
 
 
 def matrix_choice(tile: Tile) -> Choice:
     return Choice(f"quantized_matrix_{tile.name}", tile.m, tile.n, tile.threads, matrix=True)
 
 
-def fragment_choice(tile: Tile, fragment: Fragment) -> Choice:
-    return Choice(f"quantized_fragments_{tile.name}", tile.m, tile.n, tile.threads, matrix=True, fragment=fragment)
+def fragment_choice(tile: Tile, fragment: Fragment, kernel: str) -> Choice:
+    return Choice(kernel, tile.m, tile.n, tile.threads, matrix=True, fragment=fragment)
 
 
 def _kernels(
@@ -495,6 +522,9 @@ def _product(
     elif integer_matrix:
         zero_points = 0 if scheme is None or scheme.centered else 1 if scheme.per_token else 2
         constants = (*shared, scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, zero_points)
+        if choice.fragment is not None:
+            constants = (*shared, scale.dtype is DType.FLOAT16, packing.units, zero_points)
+            weights = read(WEIGHT, packing.fragment_layout(choice.fragment))
     elif choice.matrix:
         sizes = (packing.units, packing.units_per_group, packing.groups == 1)
         constants = (*shared, half_x, scale.dtype is DType.FLOAT16, *sizes)

@@ -25,14 +25,15 @@ MAX_ELEMENTS = 64  # of a lane, in the kernels' results
 
 
 def probe(device: Device) -> tuple[Fragment, ...]:
-    """Matrix A in float16 of every shape for which there is a kernel. What cannot be told is left out."""
+    """Matrix A in float16 and int8 of every shape for which there is a kernel. What cannot be told is left out."""
     found = []
     capabilities = device.physical.capabilities()
     for shape in capabilities.cooperative_matrices:
-        kernel = f"matrix_probe_{shape.m}x{shape.n}x{shape.k}x{capabilities.subgroup_size}"
-        if (shape.a, shape.result) == ("float16", "float32") and kernel in shaders.names():
+        kernel = f"matrix_probe_{shape.a}_{shape.m}x{shape.n}x{shape.k}x{capabilities.subgroup_size}"
+        types = (shape.a, shape.b, shape.result)
+        if types in (("float16", "float16", "float32"), ("int8", "int8", "int32")) and kernel in shaders.names():
             try:
-                fragment = _probe(device, kernel, shape.m, shape.k, capabilities.subgroup_size)
+                fragment = _probe(device, kernel, shape.m, shape.k, capabilities.subgroup_size, shape.a)
             except TorchVkError as error:
                 log.info("%s failed: %s", kernel, error)
                 continue
@@ -41,9 +42,11 @@ def probe(device: Device) -> tuple[Fragment, ...]:
     return tuple(found)
 
 
-def _probe(device: Device, kernel: str, rows: int, columns: int, lanes: int) -> Fragment | None:
-    """Run matrix_probe.slang on the numbers 0, 1, 2, …"""
+def _probe(device: Device, kernel: str, rows: int, columns: int, lanes: int, dtype: str) -> Fragment | None:
+    """Run matrix_probe.slang on the numbers 0, 1, 2, …; int8 takes them in two digits."""
     numbers = np.arange(rows * columns).astype(np.float16)
+    if dtype == "int8":
+        numbers = np.concatenate([np.arange(rows * columns) % 128, np.arange(rows * columns) // 128]).astype(np.int8)
     size = 4 * (MAX_ELEMENTS * lanes + 1)
     # Both in host memory: a few kilobytes.
     start = -(-numbers.nbytes // ALIGNMENT) * ALIGNMENT
@@ -63,5 +66,5 @@ def _probe(device: Device, kernel: str, rows: int, columns: int, lanes: int) -> 
     if not 0 < count <= MAX_ELEMENTS:
         return None
     table = words[:-1].reshape(lanes, MAX_ELEMENTS)[:, :count]
-    fragment = Fragment(rows, columns, lanes, tuple(table.reshape(-1).tolist()))
+    fragment = Fragment(rows, columns, lanes, tuple(table.reshape(-1).tolist()), dtype)
     return fragment if fragment.complete else None
