@@ -276,7 +276,7 @@ def test_cumsum_after_infinity(kind: str) -> None:
         ("gpu_2", (384, 384), (1,), ["reduce_float_subgroup"]),
         ("smallest", (384, 384), (1,), ["reduce_float_group"]),
         ("gpu_1", (100000, 8), (1,), ["reduce_float"]),
-        ("gpu_1", (384, 8192), (0,), ["reduce_float"]),
+        ("gpu_1", (384, 8192), (0,), ["pool_float_shared"]),
         ("gpu_1", (2**20,), (0,), ["reduce_float_subgroup", "reduce_float_subgroup"]),
     ],
 )

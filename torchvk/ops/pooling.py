@@ -227,7 +227,7 @@ def middle_sum(shape: Shape, x: TensorType, y: TensorType, divisor: int, capabil
     """Sums over the middle of ``shape`` [B, S, A], divided; None where the kernels here are no gain: on CPUs, for few
     elements, for results enough to give each a thread."""
     words = units(y.numel, y.dtype)
-    suits = shape[1] >= SHARED_TAPS and 0 < words < 4096 and shape[2] >= 8 and shape[2] % per_unit(x.dtype) == 0
+    suits = shape[1] >= SHARED_TAPS and 0 < words < 65536 and shape[2] >= 8 and shape[2] % per_unit(x.dtype) == 0
     if capabilities.kind == "cpu" or not suits:
         return None
     view = Windows((1,), kernel=(shape[1],), stride=(1,), padding=(0,), dilation=(1,), divisor=divisor)
