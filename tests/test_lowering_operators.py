@@ -385,7 +385,7 @@ def test_every_operator_can_be_reached() -> None:
         "quantized_avg_pool",
         "quantized_adaptive_avg_pool",
     }
-    used |= {"quantized_conv"}  # see test_lowering_conv.py
+    used |= {"quantized_conv", "quantized_embedding"}  # see test_lowering_conv.py and test_lowering_embedding.py
     # Attention is known by its parts, which the configuration above would keep whole.
     used |= set(lower_module(Family(attention), (random(2, 3, 5, 8),)).operators())
     for family, inputs in (
