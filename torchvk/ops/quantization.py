@@ -218,13 +218,19 @@ def activations(
     *,
     floats: bool,
     texels: bool,
+    takes_bytes: bool = False,
 ) -> Activations:
-    """Input ``x`` as :func:`quantization` gives it. ``constant``: any constant input of the node."""
+    """Input ``x`` as :func:`quantization` gives it. ``constant``: any constant input of the node.
+
+    ``takes_bytes``: whether the kernel takes static x as it is, be it uint8, and rows of whole texels, which weights
+    beyond are zero for.
+    """
     if isinstance(scheme, Scheme):
         dispatches, scratch = quantization(rows, x, scheme, capabilities, floats=floats, texels=texels)
         return Activations(scratch_read(0, texels=texels), scratch_read(1, texels=texels), dispatches, scratch)
     qparams = read(constant, _same_rows(rows.m, scheme), texels=texels)
-    if not floats and not scheme.unsigned and rows.columns == rows.k:
+    as_it_is = takes_bytes and rows.k % 16 == 0 and rows.group == rows.columns
+    if as_it_is or (not floats and not scheme.unsigned and rows.columns == rows.k):
         return Activations(read(x, texels=texels), qparams, (), ())
     size = rows.m * rows.columns * (4 if floats else 1)
     quads = rows.m * rows.columns // 4

@@ -440,14 +440,22 @@ def _chosen(
 ) -> Kernels:
     """All dispatches around the chosen kernel."""
     x, _, scale, bias, residual = _operands(inputs)
-    scheme = attributes.integers(x)
+    scheme, zeros = attributes.integers(x), _zero_point(inputs) is not None
     dispatches: tuple[Dispatch, ...] = ()
     scratch: tuple[int, ...] = ()
-    source, qparams = read(X, texels=choice.texels), None
+    source, qparams, x_format = read(X, texels=choice.texels), None, 0
     rows = packing.rows(m, x.dtype)
-    half_x = False
     if scheme is not None:
-        quantized = activations(rows, X, SCALE, scheme, capabilities, floats=choice.texels, texels=choice.texels)
+        # The kernel for CPUs takes bytes where each of eight lanes brings another row.
+        takes_bytes = isinstance(scheme, Static) and choice.kernel == "quantized_linear_lanes_8_broadcast"
+        quantized = activations(
+            *(rows, X, SCALE, scheme, capabilities),
+            floats=choice.texels and not takes_bytes,
+            texels=choice.texels,
+            takes_bytes=takes_bytes and not zeros,
+        )
+        unsigned = not quantized.dispatches and x.dtype is DType.UINT8
+        x_format = 2 if unsigned else 1 if takes_bytes else 0
         source, qparams = quantized.values, quantized.qparams
         dispatches, scratch = quantized.dispatches, quantized.scratch
     elif packing.columns != packing.k or (choice.texels and x.dtype is DType.FLOAT16):
@@ -455,14 +463,13 @@ def _chosen(
         dispatches, scratch = (dispatch,), (size,)
         source = scratch_read(0, texels=choice.texels)
     else:
-        half_x = x.dtype is DType.FLOAT16
+        x_format = int(x.dtype is DType.FLOAT16)
     result, output = attributes.floats(x), Requantization.of(attributes)
     own = _bytes_at_once(choice, scheme is not None)
     ending = epilogue_constants(attributes.epilogue, residual)
-    zeros = _zero_point(inputs) is not None
     stored = storing(m, packing.n, result, output, own, len(scratch), capabilities)
     main = _product(
-        packing, choice, m, x, scale, bias, zeros, ending, scheme, source, qparams, stored, half_x, capabilities
+        packing, choice, m, x, scale, bias, zeros, ending, scheme, source, qparams, stored, x_format, capabilities
     )
     return Kernels((*dispatches, main, *stored.after), (*scratch, *stored.scratch))
 
@@ -487,10 +494,12 @@ def _product(
     source: Arg,
     qparams: Arg | None,
     stored: Storing,
-    half_x: bool,
+    x_format: int,
     capabilities: Capabilities,
 ) -> Dispatch:
-    """The matrix product proper."""
+    """The matrix product proper. ``x_format``: of floats whether they are float16; of bytes, for the kernels that read
+    texels, 1 signed, 2 unsigned."""
+    half_x = not choice.texels and x_format == 1
     texels = choice.texels
     integer_matrix = choice.matrix and scheme is not None
     tiles_n = -(-packing.n // choice.tile_n)
@@ -518,6 +527,8 @@ def _product(
             exact_units,
             scheme is not None and packing.units_per_group > exact_units,
             zeros,
+            x_format,
+            (packing.k if source.role == "input" else packing.columns) // 16,
         )
     elif integer_matrix:
         zero_points = 0 if scheme is None or scheme.centered else 1 if scheme.per_token else 2
@@ -544,7 +555,11 @@ def _product(
     # Products of float16 matrices have no binding for the rows' scales and zero points.
     without = choice.matrix and scheme is None
     rows_qparams = () if without else (weights if qparams is None else qparams,)
-    x_bytes = m * packing.columns * (4 if texels or (scheme is None and not half_x) else 2 if half_x else 1)
+    x_bytes = (
+        m
+        * packing.columns
+        * (1 if texels and x_format else 4 if texels or (scheme is None and not half_x) else 2 if half_x else 1)
+    )
     return Dispatch(
         kernel=choice.kernel,
         # Every binding needs a buffer: what is absent is replaced by one that is there, and not read.
