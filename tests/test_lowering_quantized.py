@@ -414,15 +414,25 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED: dict[str, tuple[torch.nn.Module, str]] = {
-    "weights of 16 bits": (Dequantized(F.linear, affine([1, 32]), dtype=torch.int16), "torch.int16"),
     "scale per block of output channels": (Dequantized(F.linear, affine([4, 64]), scale=(4, 1)), "output channels"),
-    "activations in blocks": (Dequantized(lambda x, w: F.linear(in_blocks(x), w), affine([1, 32])), "blocks of"),
-    "uint8 activations": (Dequantized(lambda x, w: F.linear(to_uint8(x), w), affine([1, 32])), "torch.uint8"),
-    "float weights": (
-        Dequantized(lambda x, w: ACTIVATIONS["dynamic_per_token, asymmetric"](x) @ w.float(), lambda q, *_: q.t()),
-        "its weight is not",
+}
+IN_PARTS = {
+    "weights of 16 bits": Dequantized(F.linear, affine([1, 32]), dtype=torch.int16),
+    "activations in blocks": Dequantized(lambda x, w: F.linear(in_blocks(x), w), affine([1, 32])),
+    "uint8 activations": Dequantized(lambda x, w: F.linear(to_uint8(x), w), affine([1, 32])),
+    "float weights": Dequantized(
+        lambda x, w: ACTIVATIONS["dynamic_per_token, asymmetric"](x) @ w.float(), lambda q, *_: q.t()
     ),
 }
+
+
+@pytest.mark.parametrize("kind", IN_PARTS)
+def test_what_has_no_integer_kernel_runs_in_floating_point(kind: str) -> None:
+    inputs = (torch.randn(5, 64),)
+    lowered = lower_module(IN_PARTS[kind], inputs)
+    assert not lowered.cpu
+    assert lowered.operators()["linear"] == 1
+    compare(lowered.run(*inputs), IN_PARTS[kind](*inputs))
 
 
 @pytest.mark.parametrize("kind", REFUSED)

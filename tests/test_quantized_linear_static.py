@@ -83,7 +83,7 @@ def check(attributes: QuantizedLinearAttributes, inputs: list[Array | None], y: 
     assert np.mean(lowest != highest) <= 0.01 + 2 / y.size
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_device(case: tuple[QuantizedLinearAttributes, list[Array | None], set[int]]) -> None:
     attributes, inputs, int4 = case

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from torchvk.graph import DType
 from torchvk.lowering.draft import Draft, Value
+from torchvk.lowering.patterns import dynamic
 from torchvk.lowering.patterns.activations import (
     DEQUANTIZE_ACTIVATION,
     QuantizedActivation,
@@ -18,7 +19,14 @@ from torchvk.lowering.patterns.activations import (
 )
 from torchvk.lowering.patterns.match import Match, Values
 from torchvk.lowering.patterns.views import View, base_of, trace
-from torchvk.lowering.patterns.weights import DEQUANTIZE, QuantizedWeight, check_weight, read_weight, weight_values
+from torchvk.lowering.patterns.weights import (
+    DEQUANTIZE,
+    TORCHAO,
+    QuantizedWeight,
+    check_weight,
+    read_weight,
+    weight_values,
+)
 from torchvk.lowering.refusal import Refused
 from torchvk.lowering.source import Source, operator_name
 from torchvk.lowering.translate.linear import add_product
@@ -36,11 +44,35 @@ PRODUCTS = {
 
 
 def match(node: Node, source: Source) -> Match | None:
-    """The linear that ``node`` ends, or None if nothing about it is quantized.
+    """The linear that ``node`` ends, or None if nothing about it is quantized, or if its parts run one by one.
 
     Raises :class:`Refused` if it is a quantized product that torchvk does not run; :func:`chain` gives the nodes
     that share this fate.
     """
+    try:
+        return _match(node, source)
+    except Refused:
+        if _runs_in_parts(node, source):
+            return None
+        raise
+
+
+def _runs_in_parts(node: Node, source: Source) -> bool:
+    """Whether what a product's operands are quantized by are operators of their own, too."""
+    x_name, weight_name, _, _ = PRODUCTS[operator_name(node)]
+    given = arguments(node, lambda operand: operand)
+    for base in map(base_of, (given[x_name], given[weight_name])):
+        name = operator_name_or_empty(base)
+        if name not in DEQUANTIZE_ACTIVATION or name == TORCHAO or is_static(base, source):
+            continue
+        if not source.is_constant(arguments(base, lambda operand: operand)["input"]) and not dynamic.match(
+            base, source
+        ):
+            return False
+    return True
+
+
+def _match(node: Node, source: Source) -> Match | None:
     if operator_name(node) not in PRODUCTS or not chain(node):
         return None
     x_name, weight_name, addend_name, rows_first = PRODUCTS[operator_name(node)]
