@@ -80,3 +80,15 @@ def test_rows() -> None:
 
     torch.manual_seed(0)
     assert assert_same(Rows(), (torch.randn(2, 3, 20),)).operators()["permute"] == 2
+
+
+def test_no_images() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.conv(x).relu() + 1).flatten()
+
+    assert_same(Flat(), (torch.zeros(0, 2, 4, 5),))

@@ -235,6 +235,8 @@ def _reshape(rewriter: Rewriter, call: Call, operands: list[Moved], dims: tuple[
     source = operands[0].source
     assert source is not None
     target = call.outputs[0].shape
+    if source.type.numel == 0:
+        return None
     groups = _groups([source.shape[dim] for dim in dims], target)
     order = [dim for dim in range(len(dims)) if source.shape[dim] != 1]
     first: list[tuple[int, range]] = []
@@ -244,7 +246,7 @@ def _reshape(rewriter: Rewriter, call: Call, operands: list[Moved], dims: tuple[
             return None
         first.append((order.index(own[0]) if own else -1, cut))
     places = [place for _, cut in sorted(first, key=lambda group: group[0]) for place in cut]
-    if source.type.numel == 0 or places == sorted(places):
+    if places == sorted(places):
         return None
     moved = rewriter.reshape(source, tuple(target[place] for place in places), call)
     return rewriter.op("permute", moved, like=call, attributes={"dims": inverse(places)})
