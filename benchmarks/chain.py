@@ -100,7 +100,7 @@ def linear(m: int, n: int, k: int, *, dtype: DType = DType.FLOAT32, bias: bool =
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((n, k), np.float32) / np.sqrt(k)).astype(dtype.numpy)
     constants: dict[int, Array] = {1: weight}
-    types: list[TensorType | None] = [TensorType(dtype, (m, k)), TensorType(dtype, (n, k))]
+    types: list[TensorType | None] = [TensorType(dtype, (m, k)), TensorType(dtype, (n, k), constant=True)]
     if bias:
         constants[2] = (0.1 * rng.standard_normal(n)).astype(dtype.numpy)
         types.append(TensorType(dtype, (n,)))
