@@ -28,11 +28,11 @@ class Entry:
 
 
 ZOO = {
-    "mobilenet_v2": Entry(MobileNetV2, (3, 224, 224), lambda: MobileNetV2(0.25, 0.3, 10), (3, 32, 32)),
-    "mobilenet_v3_small": Entry(MobileNetV3Small, (3, 224, 224), lambda: MobileNetV3Small(0.25, 5, 10), (3, 32, 32)),
+    "mobilenet_v2": Entry(MobileNetV2, (3, 224, 224), lambda: MobileNetV2(0.25, 0.2, 10), (3, 32, 32)),
+    "mobilenet_v3_small": Entry(MobileNetV3Small, (3, 224, 224), lambda: MobileNetV3Small(0.25, 4, 10), (3, 32, 32)),
     "resnet18": Entry(ResNet18, (3, 224, 224), lambda: ResNet18(0.125, 0.5, 10), (3, 32, 32)),
     "unet": Entry(UNet, (1, 256, 256), lambda: UNet(0.125, 2), (1, 16, 16)),
-    "efficientnet_b0": Entry(EfficientNetB0, (3, 224, 224), lambda: EfficientNetB0(0.25, 0.3, 4, 10), (3, 32, 32)),
+    "efficientnet_b0": Entry(EfficientNetB0, (3, 224, 224), lambda: EfficientNetB0(0.25, 0.2, 4, 10), (3, 32, 32)),
     "vit": Entry(ViT, (3, 224, 224), lambda: ViT(16, 4, 32, 2, 2, 10), (3, 16, 16)),
 }
 
