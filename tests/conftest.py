@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 # What has to do with files before they are written. A GPU to test on need not have it: such tests are then left out
 # by the file, and the run says so at its end.
 EXPORTING = re.compile(
-    r"^(?:from|import) (?:executorch|torchao|transformers|pte_files|edge|examples"
+    r"^(?:from|import) (?:executorch|torchao|transformers|examples|(?:tests\.)?(?:pte_files|edge|pt2e|digits|schemes)"
     r"|torchvk\.(?:lowering|partitioner|quantizer))\b",
     re.MULTILINE,
 )
@@ -40,7 +40,7 @@ CAN_EXPORT = all(importlib.util.find_spec(name) for name in ("executorch", "torc
 collect_ignore = (
     [] if CAN_EXPORT else sorted(path.name for path in HERE.glob("test_*.py") if EXPORTING.search(path.read_text()))
 )
-ON_THE_DEVICE = re.compile(r"test_(?:ops|plan|runtime)\w*\.py")
+ON_THE_DEVICE = re.compile(r"test_(?:ops|plan|runtime|quantized_linear)\w*\.py")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
