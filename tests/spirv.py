@@ -11,7 +11,7 @@ from torchvk import shaders
 from torchvk.ops import Capabilities, Dispatch
 
 # Opcodes, decorations and storage classes by the SPIR-V specification's numbers.
-OP_ENTRY_POINT, OP_CAPABILITY = 15, 17
+OP_ENTRY_POINT, OP_CAPABILITY, OP_FUNCTION = 15, 17, 54
 SHUFFLE = 65  # the capability GroupNonUniformShuffle
 OP_TYPE_BOOL, OP_TYPE_INT, OP_TYPE_FLOAT, OP_TYPE_VECTOR, OP_TYPE_MATRIX = 20, 21, 22, 23, 24
 OP_TYPE_ARRAY, OP_TYPE_RUNTIME_ARRAY, OP_TYPE_STRUCT, OP_TYPE_POINTER = 28, 29, 30, 32
@@ -27,7 +27,7 @@ class Module:
     """entry_points: (execution model, name). buffers: binding → whether the kernel may write it.
     texels: the buffers that are texel buffers.
     sets: descriptor sets used. constants: SpecId → "int", "float" or "bool". push: bytes of the push-constant block.
-    shared: bytes of shared memory of fixed size.
+    shared: bytes of shared memory of fixed size. functions: how many there are.
     """
 
     capabilities: set[int] = field(default_factory=set)
@@ -38,6 +38,7 @@ class Module:
     constants: dict[int, str] = field(default_factory=dict)
     push: int = 0
     shared: int = 0
+    functions: int = 0
 
 
 class Instruction(NamedTuple):
@@ -69,6 +70,8 @@ def reflect(name: str) -> Module:
     for opcode, words in instructions(shaders.load(name)):
         if opcode == OP_CAPABILITY:
             module.capabilities.add(words[0])
+        elif opcode == OP_FUNCTION:
+            module.functions += 1
         elif opcode == OP_ENTRY_POINT:
             raw = struct.pack(f"<{len(words) - 2}I", *words[2:])
             module.entry_points.append((words[0], raw[: raw.index(b"\0")].decode()))

@@ -139,6 +139,9 @@ def test_the_rows_that_are_left_over(dtype: str, n: int, rng: np.random.Generato
     monkeypatch.setattr(linear, "choose", lambda product, device: choices.get(product.m) or chosen(product, device))
     with chosen_for("linear", kind="discrete"):
         (got,) = run_op("linear", LinearAttributes("relu"), [x, w, None, residual], constants=(1,), max_tier=1)
+        # A residual may be a constant, such as a table of positions, whose rows are bound in parts, too.
+        fixed = run_op("linear", LinearAttributes("relu"), [x, w, None, residual], constants=(1, 3), max_tier=1)[0]
+    np.testing.assert_array_equal(got, fixed)
     wide = [value.astype(np.float64) for value in (x, w, residual)]
     size = np.abs(wide[0]) @ np.abs(wide[1]).T + np.abs(wide[2])
     assert_within(got, np.maximum(wide[0] @ wide[1].T, 0) + wide[2], (k + 2) * EPSILON * size, dtype)

@@ -20,6 +20,8 @@ MAX_BINDINGS = 16
 @pytest.mark.parametrize("name", shaders.names())
 def test_modules_keep_the_contract(name: str) -> None:
     module = reflect(name)
+    # NVIDIA's compiler (580.159) ends the process on modules whose functions call others: Slang inlines, unless told.
+    assert module.functions == 1
     assert module.entry_points == [(GL_COMPUTE, "main")]
     # The compiler leaves out bindings that a variant does not touch; a dispatch binds them all the same.
     assert min(module.buffers) == 0

@@ -12,7 +12,9 @@ import pytest
 from sample_graphs import Builder
 from variants import GPU
 
+from torchvk import ops
 from torchvk.graph import DType, Graph, TensorType
+from torchvk.graph.build import GraphBuilder
 from torchvk.runtime import Session, Tuning, tune
 from torchvk.runtime.choices import LARGEST_FILE, Choice, choices_path, read_choices, write_choices
 from torchvk.runtime.device import Device
@@ -96,6 +98,21 @@ def test_layers_of_a_chain_wait_for_each_other_and_rotate_constants(layers: int,
     assert set(chain.sources) == set(chain.plan.constants)
     assert {len(source.read()) for source in chain.sources.values()} == {4 * SIZE}
     assert hazards(chain.plan) == []
+
+
+def test_rows_that_fill_no_tile_are_timed_with_a_residual() -> None:
+    """What else a layer reads is a constant of the chain, and bound in parts where the kernels see rows of it."""
+    builder = GraphBuilder()
+    rows = TensorType(DType.FLOAT32, (513, 4096))
+    x, residual = builder.input("x", rows), builder.input("residual", rows)
+    w = builder.constant("w", np.zeros((4096, 4096), np.float32))
+    (y,) = builder.node("linear", [x, w, None, residual], [rows], ops.get("linear").attributes(), name="y")
+    graph = builder.build([y])
+    (case,) = cases(graph, GPU)
+    chains = [chain_of(graph, case, kernels, GPU, 3, 2, {}) for _, kernels in case.variants]
+    parts = [[s for s in chain.plan.storages if s.kind == "constant" and s.whole is not None] for chain in chains]
+    assert any(parts)
+    assert all(hazards(chain.plan) == [] for chain in chains)
 
 
 @pytest.mark.usefixtures("mul_variants")

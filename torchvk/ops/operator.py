@@ -108,7 +108,7 @@ class Arg:
     against 245 ns), because it checks a storage buffer's bounds lane by lane.
 
     ``part``: (first byte, bytes) of the buffer where the kernel sees, and touches, no more of it: dispatches that write
-    different parts of a buffer need no order. The first byte is a multiple of PART_ALIGNMENT; not for constants.
+    different parts of a buffer need no order. The first byte is a multiple of PART_ALIGNMENT.
     """
 
     role: Literal["input", "output", "scratch"]

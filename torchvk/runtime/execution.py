@@ -106,8 +106,12 @@ class Execution:
     def _buffer_of(self, storage: Storage) -> tuple[vk.Struct, int, int]:
         """VkBuffer, offset and range of a storage."""
         if storage.kind == "constant":
-            allocation = self._constants[storage.offset]
             limit = self.device.physical.limits.maxStorageBufferRange
+            if storage.whole is not None:
+                allocation = self._constants[self.plan.storages[storage.whole].offset]
+                size = min(storage.nbytes, allocation.size - storage.offset, limit)
+                return allocation.block.buffer, allocation.offset + storage.offset, size
+            allocation = self._constants[storage.offset]
             return allocation.block.buffer, allocation.offset, min(allocation.size, limit)
         allocation = self._buffers[storage.kind]
         return allocation.block.buffer, allocation.offset + storage.offset, max(storage.nbytes, PADDING)

@@ -31,7 +31,8 @@ class Storage:
     """Bytes that kernels see. ``nbytes`` is padded to PADDING (0 stays 0).
 
     ``offset`` counts from the start of the kind's buffer; for a constant it is its position in Plan.constants.
-    ``whole``: of a part, the storage that it is a part of (until memory is laid out, ``offset`` counts from there).
+    ``whole``: of a part, the storage that it is a part of (``offset`` counts from there until memory is laid out, and
+    for constants always).
     """
 
     kind: Kind
@@ -129,7 +130,7 @@ class _Draft:
         key = (storage, arg.part)
         if key not in self.parts:
             (first, nbytes), whole = arg.part, self.storages[storage]
-            if whole.kind == "constant" or first % ALIGNMENT or not 0 <= first < first + nbytes <= whole.nbytes:
+            if first % ALIGNMENT or not 0 <= first < first + nbytes <= whole.nbytes:
                 raise TorchVkError(f"a kernel binds {nbytes:,} bytes from {first:,} on of {whole}")
             self.parts[key] = self.storage(whole.kind, nbytes, first)
             self.storages[-1] = replace(self.storages[-1], whole=storage)
@@ -471,7 +472,8 @@ def _lay_out(
     for index, storage in enumerate(storages):
         if storage.whole is not None:
             whole_of = storages[storage.whole]
-            storages[index] = replace(storage, kind=whole_of.kind, offset=whole_of.offset + storage.offset)
+            offset = storage.offset if whole_of.kind == "constant" else whole_of.offset + storage.offset
+            storages[index] = replace(storage, kind=whole_of.kind, offset=offset)
     return Plan(
         tuple(storages),
         tuple(map(tuple, stages)),

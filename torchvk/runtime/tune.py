@@ -346,12 +346,12 @@ def chain_of(
     sets: int,
     packed: dict[tuple[int, str], _Once],
 ) -> Chain:
-    """Layers that all write the same output, each after the one before it. Layer i takes the i-th of the ``sets`` of
+    """Layers that write two outputs by turns, each after the one before it. Layer i takes the i-th of the ``sets`` of
     constants, which are copies; other inputs are random, and constants here like the rest. ``packed``: what the
     chains of a case share."""
     node = graph.nodes[case.node]
     draft = _Draft(EMPTY, capabilities)
-    outputs = [draft.storage("arena", type.nbytes) for type in case.outputs]
+    turns = [[draft.storage("arena", type.nbytes) for type in case.outputs] for _ in range(2)]
     inputs: dict[Constant, int] = {}
     sources: dict[Constant, Source] = {}
 
@@ -370,6 +370,7 @@ def chain_of(
         return inputs[constant]
 
     for number in range(layers):
+        before, outputs = turns[number % 2 - 1], turns[number % 2]
         scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]
         for dispatch in kernels.dispatches:
             buffers = tuple(
@@ -386,6 +387,6 @@ def chain_of(
             reads = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read)
             writes = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write)
             # As if the layer read what the last one wrote; really it reads the same again.
-            waits = (outputs[0],) if number else ()
+            waits = (before[0],) if number else ()
             draft.steps.append(Step(case.node, dispatch, buffers, (*reads, *waits), writes))
     return Chain(_lay_out(draft, _schedule(draft.steps, draft.storages), (), ()), layers, sources)
