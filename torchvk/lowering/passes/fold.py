@@ -21,8 +21,10 @@ def fold_constants(draft: Draft) -> Draft:
 
 
 def fold_parameters(draft: Draft) -> Draft:
-    """The same, but for weights that are dequantized: passes make integer operators of those."""
-    return rewrite(draft, lambda rewriter, call: None if call.op == "dequantize" else _fold(rewriter, call))
+    """The same, but for weights that are dequantized, of which passes make integer operators, and those that are
+    expanded to a batch, which are linear layers' own."""
+    later = ("dequantize", "expand")
+    return rewrite(draft, lambda rewriter, call: None if call.op in later else _fold(rewriter, call))
 
 
 def _fold(rewriter: Rewriter, call: Call) -> Value | None:
