@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.torchvk-setup
 
-.PHONY: demo test test-gpu setup shaders lint types walls unit docs accuracy bench clean
+.PHONY: demo test test-gpu setup shaders lint types walls unit coverage docs accuracy bench clean
 
 demo: setup
 	$(BIN)/python -m examples.minilm
@@ -40,8 +40,12 @@ walls: setup
 
 # The whole suite at the device's own tier, then the tests that touch the device again at tier 0.
 unit: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=torchvk --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 	TORCHVK_MAX_TIER=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -m tier
+
+# Which lines the suite runs; counting them takes it a fifth more time.
+coverage: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=torchvk --cov-report=term
 
 # What touches the device, on the GPU of this machine, by any Python that has torchvk's own dependencies, torch and
 # pytest: tests that export models are left out where executorch and torchao are missing, those on generated examples
