@@ -43,7 +43,7 @@ unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 	TORCHVK_MAX_TIER=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -m tier
 
-# Which lines the suite runs; counting them takes it a fifth more time.
+# Which lines the suite runs; counting them takes it a quarter more time.
 coverage: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=torchvk --cov-report=term
 
