@@ -14,8 +14,9 @@ from variants import DEVICES, EPSILON, GPU, assert_within, chosen_for
 
 from torchvk import ops
 from torchvk.graph import DType, TensorType
-from torchvk.ops import blocked, linear, quantized_linear
-from torchvk.ops.linear import LinearAttributes, Product, choose
+from torchvk.ops import blocked, linear_kernels, quantized_linear_kernels
+from torchvk.ops.linear import LinearAttributes
+from torchvk.ops.linear_kernels import Product, choose
 
 FLOAT = [*itertools.product(("f32",), blocked.FLOAT), *itertools.product(("f16",), blocked.HALF)]
 QUANTIZED = [
@@ -48,7 +49,7 @@ def test_every_tile(
     dtype = "float32" if name == "f32" else "float16"
     x, w = rng.standard_normal((block.m + 3, k)).astype(dtype), rng.standard_normal((n, k)).astype(dtype)
     bias, residual = rng.standard_normal(n).astype(dtype), rng.standard_normal((block.m + 3, n)).astype(dtype)
-    monkeypatch.setattr(linear, "choose", lambda *_: linear._block_choice(block, name, splits))
+    monkeypatch.setattr(linear_kernels, "choose", lambda *_: linear_kernels._block_choice(block, name, splits))
     with chosen_for("linear", kind="discrete"):
         (got,) = run_op("linear", LinearAttributes("relu"), [x, w, bias, residual], constants=(1,), max_tier=1)
     wide = [value.astype(np.float64) for value in (x, w, bias, residual)]
@@ -72,9 +73,11 @@ def test_every_tile_for_quantized_weights(
     bias = rng.standard_normal(n).astype(dtype)
     dynamic = name == "integer"
     attributes = quantized_attributes(group, "dynamic_per_token" if dynamic else "none", epilogue="relu")
-    monkeypatch.setattr(quantized_linear, "few_rows", lambda _: ())
+    monkeypatch.setattr(quantized_linear_kernels, "few_rows", lambda _: ())
     monkeypatch.setattr(
-        quantized_linear, "choose", lambda *_: quantized_linear._block_choice(block, dynamic, name == "f16")
+        quantized_linear_kernels,
+        "choose",
+        lambda *_: quantized_linear_kernels._block_choice(block, dynamic, name == "f16"),
     )
     options: Any = {"int4": (1,)} if bits == 4 else {}
     with chosen_for("quantized_linear", kind="discrete"):
@@ -134,9 +137,11 @@ def test_the_rows_that_are_left_over(dtype: str, n: int, rng: np.random.Generato
     residual = rng.standard_normal((m, n)).astype(dtype)
     block = next(block for block in blocked.HALF if block.name == "64x64")
     name = "f16" if dtype == "float16" else "f32"
-    chosen = linear.choose
-    choices = {m: linear._block_choice(block, name)}
-    monkeypatch.setattr(linear, "choose", lambda product, device: choices.get(product.m) or chosen(product, device))
+    chosen = linear_kernels.choose
+    choices = {m: linear_kernels._block_choice(block, name)}
+    monkeypatch.setattr(
+        linear_kernels, "choose", lambda product, device: choices.get(product.m) or chosen(product, device)
+    )
     with chosen_for("linear", kind="discrete"):
         (got,) = run_op("linear", LinearAttributes("relu"), [x, w, None, residual], constants=(1,), max_tier=1)
         # A residual may be a constant, such as a table of positions, whose rows are bound in parts, too.

@@ -22,7 +22,8 @@ from torchvk import ops
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import apply_epilogue
-from torchvk.ops.linear import MAX_CPU_K, LinearAttributes, MatmulAttributes, Product, choose
+from torchvk.ops.linear import LinearAttributes, MatmulAttributes
+from torchvk.ops.linear_kernels import MAX_CPU_K, Product, choose
 
 DTYPES = ("float32", "float16")
 KINDS = ("this", "gpu")

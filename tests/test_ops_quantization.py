@@ -16,7 +16,8 @@ from torchvk import ops
 from torchvk.graph import DType, TensorType
 from torchvk.ops import Capabilities
 from torchvk.ops.quantization import quantize
-from torchvk.ops.quantized_linear import QuantizedLinearAttributes, choose
+from torchvk.ops.quantized_linear import QuantizedLinearAttributes
+from torchvk.ops.quantized_linear_kernels import choose
 from torchvk.ops.quantized_packing import Packing
 from torchvk.runtime.device import max_tier, open_device
 

@@ -15,7 +15,7 @@ from torchvk import ops
 from torchvk.errors import UnsupportedError
 from torchvk.graph import DType, TensorType, unpack_bits
 from torchvk.ops import OperatorError
-from torchvk.ops.quantized_linear import choose
+from torchvk.ops.quantized_linear_kernels import choose
 from torchvk.ops.quantized_packing import UNIT, Packing
 from torchvk.runtime.plan import make_plan
 
@@ -202,7 +202,7 @@ def test_texels_have_limits() -> None:
 
 
 def test_plans_refuse_more_texels_than_the_device_binds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchvk.ops.quantized_linear.reads_texels", lambda *_: True)
+    monkeypatch.setattr("torchvk.ops.quantized_linear_kernels.reads_texels", lambda *_: True)
     inputs: list[Any] = [np.zeros((1, 64), np.float32), np.zeros((16, 64), np.int8), np.zeros((16, 2), np.float32)]
     graph, _ = one_node_graph("quantized_linear", attributes(32), inputs)
     with pytest.raises(UnsupportedError, match=r"reads 1,024 bytes as texels.* at most 1,008"):

@@ -9,7 +9,7 @@ from torchvk.graph import DType
 from torchvk.ops.codes import DTYPE
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import LANES, Geometry, lanes_rows, takes_lanes, takes_vectors
-from torchvk.ops.linear import Product, Slots, product_kernels
+from torchvk.ops.linear_kernels import Product, Slots, product_kernels
 from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, scratch_read, scratch_write, write
 from torchvk.ops.quantization import reads_texels
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from torchvk.graph import DType, TensorType
-from torchvk.ops.epilogue import epilogue_constants
+from torchvk.graph import DType
 from torchvk.ops.operator import (
     Arg,
     Array,
-    Capabilities,
     Dispatch,
     Kernels,
     Layout,
@@ -27,14 +25,11 @@ from torchvk.ops.operator import (
     read,
     scratch_read,
 )
-from torchvk.ops.quantization import Activations, Scheme, Static, activations, spreading
-from torchvk.ops.requantization import Requantization, storing
+from torchvk.ops.quantization import Activations, Scheme, activations, spreading
+from torchvk.ops.quantized_linear_case import BIAS, RESIDUAL, SCALE, WEIGHT, ZERO_POINT, Case, X
+from torchvk.ops.quantized_packing import UNIT
+from torchvk.ops.requantization import storing
 
-if TYPE_CHECKING:
-    from torchvk.ops.quantized_packing import Packing
-
-X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)
-UNIT = 32
 STAGED_BYTES = 32 << 10  # of shared memory for x
 SUMS_BYTES = 8 << 10  # and for sums
 
@@ -52,39 +47,6 @@ INTEGER_TILES = (
 )
 
 Mode = Literal["integer", "quantize", "float"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the kernels need to know of one quantized_linear."""
-
-    packing: Packing
-    m: int
-    x: TensorType
-    scale: TensorType
-    bias: TensorType | None
-    residual: TensorType | None
-    zeros: bool  # whether the weights have zero points
-    epilogue: Any
-    scheme: Scheme | Static | None
-    result: DType  # of float results
-    output: Requantization | None
-    capabilities: Capabilities
-
-    @property
-    def direct(self) -> bool:
-        """Whether kernels can read x as it is: its columns are the weight's, without padding."""
-        return self.packing.columns == self.packing.k
-
-    @property
-    def piece(self) -> int:
-        """Columns of a piece: a uint4 of weights, or a uint2 if they have 2 bits."""
-        return UNIT // 2 if self.packing.bits == 8 else UNIT
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of weights in a row."""
-        return self.packing.columns // self.piece
 
 
 @dataclass(frozen=True)
@@ -146,8 +108,7 @@ def gemv_kernels(case: Case, gemv: Gemv) -> Kernels | None:
             -(-packing.columns // (8 * gemv.local_size)),
         )
     group_pieces = max(1, packing.pitch // case.piece)
-    half_scale = case.scale.dtype is DType.FLOAT16
-    constants: tuple[int | float, ...] = (half_x, half_scale, group_pieces, packing.groups == 1, lanes, gemv.split)
+    constants: tuple[int | float, ...] = (half_x, case.half_scale, group_pieces, packing.groups == 1, lanes, gemv.split)
     constants = (*constants, stationary, sums, staged, chunk)
     kernel = f"gemv_{gemv.mode}_{rows}"
     tiles = -(-packing.n // columns)
@@ -208,9 +169,7 @@ def _finish(
     packing, m, x = case.packing, case.m, case.x
     weights = read(WEIGHT, packing.layout)
     stored = storing(m, packing.n, case.result, case.output, 2, len(operand.scratch), case.capabilities)
-    ending = epilogue_constants(case.epilogue, case.residual)
-    bias_code = 0 if case.bias is None else 1 if case.bias.dtype is DType.FLOAT32 else 2
-    shared = (local_size, packing.bits, case.scheme is not None, packing.half_groups, bias_code)
+    shared = (local_size, packing.bits, case.scheme is not None, packing.half_groups, case.bias_code)
     product = Dispatch(
         kernel=kernel,
         # Every binding needs a buffer: what is absent is replaced by one that is there, and not read.
@@ -221,11 +180,11 @@ def _finish(
             weights if case.bias is None else read(BIAS),
             operand.qparams,
             stored.out,
-            read(RESIDUAL) if ending[1] else weights,
+            weights if case.residual is None else read(RESIDUAL),
             *more,
         ),
         groups=grid(tiles[1], case.capabilities, 1),
-        constants=(*shared, stored.code, *ending, *constants),
+        constants=(*shared, stored.code, *case.ending, *constants),
         push=struct.pack(
             "<7I", m, packing.n, packing.units, packing.groups, packing.units_per_group, tiles[0], tiles[1]
         )
@@ -275,7 +234,7 @@ def skinny_kernels(case: Case, skinny: Skinny) -> Kernels | None:
     kernel = f"skinny_{kind}_{shape}_{'x'.join(map(str, skinny.tile))}"
     if one_group and not skinny.half:
         kernel += "_one"
-    constants = (case.scale.dtype is DType.FLOAT16, packing.units, packing.units_per_group, one_group, skinny.split)
+    constants = (case.half_scale, packing.units, packing.units_per_group, one_group, skinny.split)
     tiles = (1, -(-packing.n // skinny.tile[1]))
     return _finish(case, operand, kernel, local_size, read(SCALE), constants, tiles)
 
@@ -340,7 +299,7 @@ def _skinnies(case: Case) -> Iterator[Skinny]:
     if capabilities.tier < 2 or not 2 <= case.m <= 16 or packing.half_groups or packing.few_bits or case.zeros:
         return
     half = case.scheme is None
-    if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.scale.dtype is DType.FLOAT16):
+    if half and not (case.x.dtype is DType.FLOAT16 and case.direct and case.half_scale):
         return
     offered = capabilities.matrix_shapes(*(("float16", "float32") if half else ("int8", "int32")))
     for shape, lanes, tiles in HALF_TILES if half else INTEGER_TILES:
