@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from convolutions import Convolution, convolutions, first, last
-from harness import every_variant, run_op
+from harness import every_variant, one_node_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_conv import CASES
-from variants import DEVICES, EPSILON, Array, assert_within, chosen_for
+from variants import DEVICES, EPSILON, HALF_EPSILON, Array, assert_within, chosen_for
 
 from torchvk import ops
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.quantized_conv import QuantizedConvAttributes
+from torchvk.runtime import Session
 
 OPERATOR = ops.get("quantized_conv")
 
@@ -70,6 +71,8 @@ class Operands:
         if activation == "none":
             size = self.convolve(case, np.abs(real), np.abs(weight * factors))
             self.bound = (case.channels * int(np.prod(case.kernel)) + 3) * EPSILON * size
+            if x_dtype == "float16":  # the weight may be made float16
+                self.bound = self.bound + HALF_EPSILON * size
         if b is not None:
             y = y + b
             self.bound = self.bound + EPSILON * (np.abs(y) + np.abs(b))
@@ -158,14 +161,21 @@ def test_any_convolution() -> None:
 
 
 @pytest.mark.tier
-@pytest.mark.parametrize("kind", ["this", "gpu"])
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "bits"),
+    [
+        *((name, "this", 8) for name in CASES),
+        *((name, "gpu", 4) for name in CASES),
+        *((name, "this", 4) for name in ("rows of one image", "colours", "depthwise")),
+        ("depthwise", "gpu", 8),
+    ],
+)
+def test_kernels(name: str, kind: str, bits: int) -> None:
     total = off = 0
     with nullcontext() if kind == "this" else chosen_for("quantized_conv", kind="discrete"):
         for x_dtype, activation, output in (("int8", "static", "int8"), ("float32", "none", None)):
-            operands = Operands(CASES[name], x_dtype, activation, output=output, epilogue="relu")
-            for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands):
+            operands = Operands(CASES[name], x_dtype, activation, bits=bits, output=output, epilogue="relu")
+            for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands, **operands.options):
                 count, wrong = operands.check(got)
                 total, off = total + count, off + wrong
     assert off <= max(1, 1e-3 * total), f"{off} of {total}"
@@ -180,6 +190,21 @@ def test_every_device_has_kernels(device: str, scheme: tuple[str, str]) -> None:
         outputs = OPERATOR.infer(operands.attributes, types)
         kernels = OPERATOR.kernels(operands.attributes, types, outputs, DEVICES[device])
         assert all(len(dispatch.push) <= 128 for dispatch in kernels.dispatches)
+
+
+@pytest.mark.parametrize("activation", ["static", "none"])
+def test_four_bits_stay_four_bits(activation: str) -> None:
+    x_dtype = "float32" if activation == "none" else "int8"
+    operands = Operands(CASES["many channels"], x_dtype, activation, bits=4, output=None)
+    graph, arguments = one_node_graph("quantized_conv", operands.attributes, operands.operands, int4=(1,))
+    weight = operands.operands[1]
+    assert weight is not None
+    with Session(graph) as session:
+        operands.check(session.run(arguments)[0])
+        constants = session.describe().constant_bytes
+    # Beside the weight, whose rows are padded to 16 bytes, scale, bias and sums of 4 bytes a channel; all are padded.
+    assert weight.size / 2 <= constants <= weight.size / 2 + len(weight) * (16 + 3 * 4) + 4 * 256
+    assert constants < 0.7 * weight.size
 
 
 def test_no_images() -> None:

@@ -14,6 +14,7 @@ DTYPE = {
     DType.UINT8: 6,
     DType.BOOL: 7,
 }
+INT4 = 8  # of a constant, for the few kernels that read one as it is in the file (shaders/nibbles.slang)
 
 
 def per_unit(dtype: DType) -> int:

@@ -7,7 +7,7 @@ is Σ_k x[p, k] · qw[o, k], in float32. f: torchvk.ops.epilogue. The result may
 clamp(round(y · (1 / output_scale)) + output_zero_point, output_min, output_max), half to even, in float32, as
 ``quantized_decomposed.quantize_per_tensor`` does it.
 
-Geometry and the weight's shape: torchvk.ops.convolution. Devices hold the weight as int8.
+Geometry and the weight's shape: torchvk.ops.convolution.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Literal
 
 import numpy as np
 
-from torchvk.graph import DType, TensorType
-from torchvk.ops.codes import DTYPE, units
+from torchvk.graph import DType, TensorType, pack_bits
+from torchvk.ops.codes import DTYPE, INT4, units
 from torchvk.ops.conv_kernels import Case as FloatCase
-from torchvk.ops.conv_kernels import columns_bytes, columns_constants, float_kernels
+from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_pitch, float_kernels
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import (
     LANES,
@@ -188,14 +188,16 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
 
 @dataclass(frozen=True)
 class Packing:
-    """The weight as kernels read it, int8: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the
-    last dimension padded with zeros to whole words of ``align`` elements. ``flat``: rows [O, taps · C / groups]."""
+    """The weight as kernels read it: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the last
+    dimension padded with zeros to a multiple of ``align`` elements. ``flat``: rows [O, taps · C / groups]. ``dense``:
+    as it is, for those that read single elements. 4 bits stay 4: see quantized_convolution.slang."""
 
     shape: tuple[int, ...]
     dtype: DType
     depthwise: bool
     align: int = 4
     flat: bool = False
+    dense: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -209,10 +211,14 @@ class Packing:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.rows[:-1]) * self.columns
+        elements = math.prod(self.rows[:-1]) * self.columns
+        return elements if self.dtype is DType.INT8 else -(-elements // 32) * 16
 
     @property
     def layout(self) -> Layout | None:
+        if self.dense:
+            whole = self.dtype is DType.INT8 or self.shape[-1] % 2 == 0
+            return None if whole else Layout("conv_weight_dense", lambda weight: pack_bits(weight.reshape(-1), 4))
         if self.dtype is DType.INT8 and self.columns == self.rows[-1]:
             return None
         return Layout(f"conv_weight_{self.dtype.value}_{self.columns}_{self.flat}", self.pack)
@@ -220,7 +226,13 @@ class Packing:
     def pack(self, weight: Array) -> Array:
         packed = np.zeros((*self.rows[:-1], self.columns), np.int8)
         packed[..., : self.rows[-1]] = weight.reshape(self.rows)
-        return packed
+        if self.dtype is DType.INT8:
+            return packed
+        whole = np.zeros(2 * self.nbytes, np.int8)
+        whole[: packed.size] = packed.reshape(-1)
+        words = whole.view(np.uint32) & np.uint32(0x0F0F0F0F)
+        nibbles: Array = words[0::2] | words[1::2] << np.uint32(4)
+        return nibbles
 
     @property
     def sums(self) -> Layout:
@@ -262,7 +274,8 @@ class Case:
 
     @property
     def packing(self) -> Packing:
-        return Packing(self.weight.shape, self.weight.dtype, is_depthwise(self.attributes, self.x))
+        depthwise = is_depthwise(self.attributes, self.x)
+        return Packing(self.weight.shape, self.weight.dtype, depthwise, dense=not self.integer)
 
     @property
     def nbytes(self) -> int:
@@ -296,6 +309,7 @@ class Case:
             0 if self.x_zero is None else DTYPE[self.x_zero],
             self.geometry.depthwise,
             self.x_zero is not None,
+            self.weight.dtype.bits,
         )
 
     def push(self, tiles_n: int = 0, tiles: int = 0) -> bytes:
@@ -320,7 +334,7 @@ class Case:
             kernel,
             self.buffers(texels, packing),
             groups,
-            (*self.constants(local_size), *((0,) if more else ()), *more),
+            (*self.constants(local_size), *more),
             self.push(*work),
             bytes=self.nbytes,
             flops=self.geometry.flops,
@@ -330,7 +344,7 @@ class Case:
 def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
     """Every plausible way by name, the default first."""
     g, packing = case.geometry, case.packing
-    rows = replace(packing, align=16, flat=not g.depthwise)
+    rows = replace(packing, align=128 // case.weight.dtype.bits, flat=not g.depthwise)
     texels = reads_texels(capabilities, case.x.nbytes, rows.nbytes)
     if takes_vectors(g, 16):
         work = g.strips(16, 2)
@@ -354,14 +368,14 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
 
 def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
     """The pixels' columns in scratch memory, in rows of whole words, multiplied as a convolution of one pixel."""
-    g, pitch = case.geometry, rows.columns
+    g, pitch = case.geometry, columns_pitch(case.geometry.k, DType.INT8)
     size = g.pixels * pitch
     product = g.pointwise(g.pixels, pitch)
     columns = Dispatch(
         "quantized_conv_columns",
-        (*case.buffers()[:-1], scratch_write(0)),
+        (*case.buffers(packing=rows)[:-1], scratch_write(0)),
         grid(size // 16, capabilities),
-        (*case.constants(capabilities.local_size), 0, *columns_constants(g, DType.INT8)),
+        (*case.constants(capabilities.local_size), *columns_constants(g, DType.INT8)),
         case.push(0, size // 16),
         bytes=2 * size,
     )
@@ -380,13 +394,18 @@ def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> I
     g = case.geometry
     if g.pixels < MIN_PIXELS or case.attributes.output_dtype is not None:
         return
-    packing = replace(case.packing, align=1)
     shape = (1,) * (len(case.weight.shape) - 1)
     blocks = (*shape, g.outputs) if g.depthwise else (g.outputs, *shape)
     types = [TensorType(DType.INT8, case.weight.shape), TensorType(scale.dtype, blocks)]
     result = TensorType(case.x.dtype, case.weight.shape)
     (made,) = get("dequantize").kernels(DequantizeAttributes(case.x.dtype), types, [result], capabilities).dispatches
-    first = replace(made, buffers=(read(WEIGHT, packing.layout), read(SCALE), read(SCALE), scratch_write(0)))
+    code = DTYPE[DType.INT8] if case.weight.dtype is DType.INT8 else INT4
+    first = replace(
+        made,
+        buffers=(read(WEIGHT, case.packing.layout), read(SCALE), read(SCALE), scratch_write(0)),
+        constants=(made.constants[0], code, *made.constants[2:]),
+        bytes=case.weight.nbytes + result.nbytes,
+    )
     bare = Arg("scratch", -1)  # the weight: the others come behind it
     ending = (EPILOGUES.index(case.attributes.epilogue), 0)
     bias = BIAS if case.bias else None
