@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torchvk.graph import DType
 from torchvk.ops.codes import DTYPE
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
-from torchvk.ops.convolution import LANES, Geometry, lanes_rows, takes_lanes, takes_vectors
+from torchvk.ops.convolution import LANES, MAX_ELEMENTS, Geometry, lanes_rows, takes_lanes, takes_vectors
 from torchvk.ops.linear_kernels import Product, Slots, product_kernels
 from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, scratch_read, scratch_write, write
 from torchvk.ops.quantization import reads_texels
@@ -87,8 +87,11 @@ def columns_pitch(k: int, dtype: DType) -> int:
 
 def columns_constants(geometry: Geometry, dtype: DType) -> tuple[int, ...]:
     """Specialization constants from 10 on of conv_columns.slang."""
-    pieces = columns_pitch(geometry.k, dtype) * dtype.bits // 128
-    return (geometry.k, geometry.group_channels, *geometry.kernel[:0:-1], pieces)
+    g = geometry
+    pieces = columns_pitch(g.k, dtype) * dtype.bits // 128
+    line = g.kernel[2] * g.group_channels * dtype.bits
+    runs = g.dilation[2] == 1 and set(g.up) == {1} and line >= 32 and g.x_elements * dtype.bits // 8 < MAX_ELEMENTS
+    return (g.k, g.group_channels, *g.kernel[:0:-1], pieces, runs)
 
 
 def _written(geometry: Geometry, dtype: DType, source: Arg, scratch: int, capabilities: Capabilities) -> Dispatch:
@@ -105,12 +108,22 @@ def _written(geometry: Geometry, dtype: DType, source: Arg, scratch: int, capabi
     )
 
 
-def _columns(case: Case, capabilities: Capabilities) -> Kernels:
-    """The pixels' columns in scratch memory, and the product of a linear layer."""
+def _columns(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
+    """The pixels' columns in scratch memory, and the product of a linear layer or of a convolution of single pixels."""
     g = case.geometry
     slots = Slots(0, 1, case.bias, case.residual, case.ending)
     pitch = columns_pitch(g.k, case.dtype)
-    product = product_kernels(Product(g.pixels, g.outputs, pitch, case.dtype, transpose_b=True), slots, capabilities)
+    product = Product(g.pixels, g.outputs, pitch, case.dtype, transpose_b=True)
+    yield "columns", _of_columns(case, product_kernels(product, slots, capabilities), capabilities)
+    pixels = replace(case, geometry=g.pointwise(g.pixels, pitch), weight=lambda texels: read(1, texels=texels))
+    for name, kernels in _matrix(pixels, capabilities):
+        yield f"columns_{name}", _of_columns(case, kernels, capabilities)
+
+
+def _of_columns(case: Case, product: Kernels, capabilities: Capabilities) -> Kernels:
+    """A product whose operands are inputs 0 and 1, of columns."""
+    g = case.geometry
+    pitch = columns_pitch(g.k, case.dtype)
     own = len(product.scratch)
     places = {0: scratch_read(own), 1: case.weight(False) if pitch == g.k else scratch_read(own + 1)}
 
@@ -128,6 +141,16 @@ def _columns(case: Case, capabilities: Capabilities) -> Kernels:
         sizes.append(g.outputs * pitch * case.dtype.bits // 8)
     rest = (replace(each, buffers=tuple(map(moved, each.buffers))) for each in product.dispatches)
     return Kernels((*first, *rest), (*product.scratch, *sizes))
+
+
+def _matrix(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
+    """On matrix units."""
+    g = case.geometry
+    for tile in matrix_tiles(g, False, capabilities) if case.half else []:
+        work = g.tiles(tile.m, tile.n)
+        groups = grid(work[1], capabilities, 1)
+        dispatch = case.dispatch(f"conv_matrix_{tile.name}", tile.threads, groups, work, more=matrix_constants(g))
+        yield f"matrix_{tile.name}", Kernels((dispatch,))
 
 
 def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
@@ -151,14 +174,10 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     # A few large tiles leave a GPU idle; linear layers have smaller ones.
     few = bool(tiles) and tiles[0].count(g.pixels, g.group_outputs) * g.groups < FEW_TILES
     if written and few:
-        yield "columns", _columns(case, capabilities)
-    for tile in tiles:
-        work = g.tiles(tile.m, tile.n)
-        groups = grid(work[1], capabilities, 1)
-        dispatch = case.dispatch(f"conv_matrix_{tile.name}", tile.threads, groups, work, more=matrix_constants(g))
-        yield f"matrix_{tile.name}", Kernels((dispatch,))
+        yield from _columns(case, capabilities)
+    yield from _matrix(case, capabilities)
     if written and not few:
-        yield "columns", _columns(case, capabilities)
+        yield from _columns(case, capabilities)
     units = -(-g.y_elements // (2 if case.half else 1))
     groups = grid(units, capabilities)
     direct = case.dispatch(f"conv_direct_{case.name}", capabilities.local_size, groups, (0, 0))

@@ -30,6 +30,7 @@ from torchvk.ops.operator import (
     register,
     write,
 )
+from torchvk.ops.quantization import reads_texels
 from torchvk.ops.shapes import Shape, expect_dtype, expect_rank, operands
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
@@ -287,6 +288,30 @@ def pool_kernels(
     return Kernels((dispatch,))
 
 
+def _max_kernels(
+    attributes: MaxPoolAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    (x,) = operands(inputs, 1)
+    y, view = outputs[0], windows(attributes)
+    rank, vectors = len(x.shape) - 2, x.shape[-1] * x.dtype.bits // 128
+    if rank > 2 or x.shape[-1] * x.dtype.bits % 128 or y.numel == 0:
+        return pool_kernels(view, MAX, x, y, capabilities)
+    texels = reads_texels(capabilities, x.nbytes)
+    count = y.nbytes // 16
+    numbers = (x.shape[1:-1], view.output, view.kernel, view.stride, view.padding, view.dilation)
+    pairs = (three(values, 0 if values is view.padding else 1)[:0:-1] for values in numbers)
+    dispatch = Dispatch(
+        "max_pool_texels" if texels else "max_pool",
+        (write(), read(0, texels=texels)),
+        grid(count, capabilities),
+        (capabilities.local_size, DTYPE[x.dtype]),
+        struct.pack("<14I", count, vectors, *(number for pair in pairs for number in pair)),
+        bytes=x.nbytes + y.nbytes,
+        flops=y.numel * view.taps(x.shape[1:-1]),
+    )
+    return Kernels((dispatch,))
+
+
 def _infer(dtypes: Sequence[DType]) -> Callable[[Any, Types], tuple[TensorType, ...]]:
     def infer(attributes: Any, inputs: Types) -> tuple[TensorType, ...]:
         (x,) = operands(inputs, 1)
@@ -302,12 +327,11 @@ def _support(attributes: Any, inputs: Types) -> str | None:
     return None if taps <= MAX_TAPS else f"windows of {taps} elements are not supported: at most {MAX_TAPS}"
 
 
-def _kernels(operation: int) -> Callable[[Any, Types, Sequence[TensorType], Capabilities], Kernels]:
-    def kernels(attributes: Any, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities) -> Kernels:
-        (x,) = operands(inputs, 1)
-        return pool_kernels(windows(attributes), operation, x, outputs[0], capabilities)
-
-    return kernels
+def _average_kernels(
+    attributes: Any, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
+) -> Kernels:
+    (x,) = operands(inputs, 1)
+    return pool_kernels(windows(attributes), AVERAGE, x, outputs[0], capabilities)
 
 
 register(
@@ -316,7 +340,7 @@ register(
         "largest of each window, channels last",
         _infer((*FLOATS, *BYTES)),
         _max_reference,
-        _kernels(MAX),
+        _max_kernels,
         MaxPoolAttributes,
         _support,
         dtypes=(*FLOATS, *BYTES),
@@ -328,7 +352,7 @@ register(
         "mean of each window, channels last",
         _infer(FLOATS),
         _average_reference,
-        _kernels(AVERAGE),
+        _average_kernels,
         AvgPoolAttributes,
         _support,
         dtypes=FLOATS,
@@ -340,7 +364,7 @@ register(
         "means of windows that cut each dimension into so many, channels last",
         _infer(FLOATS),
         _average_reference,
-        _kernels(AVERAGE),
+        _average_kernels,
         AdaptiveAvgPoolAttributes,
         _support,
         dtypes=FLOATS,

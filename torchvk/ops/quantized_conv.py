@@ -64,6 +64,7 @@ from torchvk.ops.quantize import DequantizeAttributes
 X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO = range(6)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 EIGHT_BITS = (DType.INT8, DType.UINT8)
+DOT_COLUMNS = 8  # of quantized_conv_depthwise.slang
 MIN_PIXELS = 32  # for which a weight is made floating-point as a whole
 ZERO_POINTS = (DType.INT32, DType.INT64, DType.INT8, DType.UINT8, DType.INT16)
 
@@ -182,7 +183,7 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
         if attributes.output_dtype is None:
             return (y.astype(dtype),)
         q = np.rint(y * np.float32(1 / attributes.output_scale)) + np.float32(attributes.output_zero_point)
-        q = np.clip(np.where(np.isnan(q), 0, q), attributes.output_min, attributes.output_max)
+        q = np.where(np.isnan(q), 0, np.clip(q, attributes.output_min, attributes.output_max))
         return (q.astype(attributes.output_dtype),)
 
 
@@ -346,6 +347,14 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
     g, packing = case.geometry, case.packing
     rows = replace(packing, align=128 // case.weight.dtype.bits, flat=not g.depthwise)
     texels = reads_texels(capabilities, case.x.nbytes, rows.nbytes)
+    if not texels and takes_vectors(g, 4) and g.dilation[2] == 1 and g.kernel[2] <= DOT_COLUMNS:
+        pixels = (DOT_COLUMNS - g.kernel[2]) // g.stride[2] + 1
+        work = g.strips(4, pixels)
+        groups = grid(work[1], capabilities)
+        constants = (g.kernel[2], g.stride[2], pixels)
+        kernel = "quantized_conv_depthwise_dots"
+        dispatch = case.dispatch(kernel, capabilities.local_size, groups, work, rows, more=constants)
+        yield "depthwise_dots", Kernels((dispatch,))
     if takes_vectors(g, 16):
         work = g.strips(16, 2)
         kernel = f"quantized_conv_depthwise{'_texels' if texels else ''}"
