@@ -115,14 +115,15 @@ def test_activation_fused_in_one_of_two(rng: np.random.Generator) -> None:
         assert {*result.only_reference, *result.only_quantized} == {"acts.0", "acts.1"}
 
 
-def test_residuals_are_taken_out(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("epilogue", ["none", "sum_relu"])
+def test_residuals_are_taken_out(epilogue: str, rng: np.random.Generator) -> None:
     """x + small(x): the noise of a damaged branch does not hide behind the signal beside it."""
 
     def block(weight: Any) -> Graph:
         builder, type = GraphBuilder(), TensorType(DType.FLOAT32, (ROWS, COLUMNS))
         x = builder.input("x", type)
         constant = builder.constant("w", weight)
-        (y,) = builder.node("linear", [x, constant, None, x], [type], {"epilogue": "none"}, "y", "branch")
+        (y,) = builder.node("linear", [x, constant, None, x], [type], {"epilogue": epilogue}, "y", "branch")
         return builder.build([y])
 
     weight = rng.standard_normal((COLUMNS, COLUMNS)).astype(np.float32) / 100

@@ -410,14 +410,28 @@ def test_layers_with_other_readers_keep_their_results() -> None:
     weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
     y = s.op("linear", s.draft.inputs[0], weight)
     check(s.returns(s.op("relu", y), s.op("add", y, s.draft.inputs[1])), optimize, "linear", "relu", "add")
-
-
-def test_an_activation_after_a_residual_stays() -> None:
     s = Sketch((6, 8), (6, 5))
-    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
     y = s.op("add", s.op("linear", s.draft.inputs[0], weight), s.draft.inputs[1])
-    draft = check(s.returns(s.op("relu", y)), optimize, "linear", "relu")
-    assert draft.calls[0].attributes.epilogue == "none"
+    check(s.returns(s.op("relu", y), y), optimize, "linear", "relu")
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "epilogue", "left"),
+    [
+        ("none", "relu", "sum_relu", ()),
+        ("none", "silu", "none", ("silu",)),
+        ("gelu", "relu", "gelu", ("relu",)),
+        ("relu", "relu", "relu", ("relu",)),
+    ],
+)
+def test_activations_after_a_residual(inner: str, outer: str, epilogue: str, left: tuple[str, ...]) -> None:
+    s = Sketch((6, 8), (2, 3, 5))
+    weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
+    y = s.op("linear", s.draft.inputs[0], weight)
+    y = s.op("reshape", y if inner == "none" else s.op(inner, y), shape=[2, 3, 5])
+    y = s.op("add", s.draft.inputs[1], y)
+    draft = check(s.returns(s.op(outer, y)), optimize, "reshape", "linear", "reshape", *left)
+    assert draft.calls[1].attributes.epilogue == epilogue
 
 
 def test_one_residual_a_layer() -> None:

@@ -51,9 +51,9 @@ def test_every_tile(
     bias, residual = rng.standard_normal(n).astype(dtype), rng.standard_normal((block.m + 3, n)).astype(dtype)
     monkeypatch.setattr(linear_kernels, "choose", lambda *_: linear_kernels._block_choice(block, name, splits))
     with chosen_for("linear", kind="discrete"):
-        (got,) = run_op("linear", LinearAttributes("relu"), [x, w, bias, residual], constants=(1,), max_tier=1)
+        (got,) = run_op("linear", LinearAttributes("sum_relu"), [x, w, bias, residual], constants=(1,), max_tier=1)
     wide = [value.astype(np.float64) for value in (x, w, bias, residual)]
-    exact = np.maximum(wide[0] @ wide[1].T + wide[2], 0) + wide[3]
+    exact = np.maximum(wide[0] @ wide[1].T + wide[2] + wide[3], 0)
     size = np.abs(wide[0]) @ np.abs(wide[1]).T + np.abs(wide[2]) + np.abs(wide[3])
     assert_within(got, exact, (k + 2) * EPSILON * size, dtype)
 

@@ -54,11 +54,11 @@ class Operands:
         bound = (case.channels * int(np.prod(case.kernel)) + 1) * EPSILON * size
         if epilogue != "none":
             # The slope of all of them is at most 1.5, their own error a few ulp of what they are given.
-            y, bound = apply_epilogue(epilogue, y, None), 1.5 * bound + 8 * EPSILON * size
+            bound = 1.5 * bound + 8 * EPSILON * size
         r = random(*y.shape) if residual else None
+        y = apply_epilogue(epilogue, y, r)
         if r is not None:
-            y = y + r.astype(np.float64)
-            bound = bound + EPSILON * (np.abs(y) + np.abs(r))
+            bound = bound + EPSILON * (size + np.abs(r))
         self.attributes = ConvAttributes(**case.attributes, epilogue=epilogue)
         self.operands = [x, case.weight(weight), b, r]
         self.exact, self.bound, self.dtype = y, bound, dtype
@@ -82,7 +82,7 @@ def test_reference(case: Convolution, dtype: str, bias: bool, residual: bool, se
 @given(convolutions(), st.sampled_from(("float32", "float16")), st.booleans(), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_any_convolution(case: Convolution, dtype: str, extras: bool, seed: int) -> None:
-    epilogue = "relu" if extras else "none"
+    epilogue = ("relu", "sum_relu")[seed % 2] if extras else "none"
     operands = Operands(case, dtype, extras, extras, epilogue, seed)
     operands.check_kernels()
 
@@ -108,11 +108,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, kind: str) -> None:
     with nullcontext() if kind == "this" else chosen_for("conv", kind="discrete"):
-        for dtype in ("float32", "float16"):
-            Operands(CASES[name], dtype, True, False, "relu").check_kernels()
+        for dtype, residual in (("float32", False), ("float16", True)):
+            Operands(CASES[name], dtype, True, residual, "sum_relu" if residual else "relu").check_kernels()
 
 
-@pytest.mark.parametrize("epilogue", ["gelu", "hardswish", "relu6"])
+@pytest.mark.parametrize("epilogue", ["gelu", "hardswish", "relu6", "sum_relu"])
 def test_epilogue_and_residual(epilogue: str) -> None:
     Operands(CASES["rows of one image"], "float32", True, True, epilogue).check_kernels()
 

@@ -1,7 +1,9 @@
-"""What a linear layer does to its results before it stores them: y = f(x Wᵀ + b) + residual.
+"""What a linear layer does to its results before it stores them: y = f(x Wᵀ + b) + residual, or, as "sum_relu",
+relu(x Wᵀ + b + residual).
 
 In float32 and rounded once, so that float16 graphs come out closer to the exact value than eager mode, which rounds
-after each step. f is an activation that follows the layer, the residual what a transformer adds to it.
+after each step. f is an activation that follows the layer, the residual what a transformer adds to it; a residual block
+of a convolutional network ends with a relu behind that.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torchvk.graph import DType, TensorType
 from torchvk.ops import arithmetic
 from torchvk.ops.operator import Array
 
-Epilogue = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"]
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"]
+Epilogue = Literal[Activation, "sum_relu"]
 EPILOGUES: tuple[Epilogue, ...] = get_args(Epilogue)
 
 
@@ -27,15 +30,17 @@ def epilogue_constants(epilogue: Epilogue, residual: TensorType | None) -> tuple
 def apply_epilogue(epilogue: Epilogue, y: Array, residual: Array | None) -> Array:
     """The reference: float32 in, float32 out."""
     with np.errstate(all="ignore"):
-        y = np.asarray(_FUNCTIONS[epilogue](y))
-        return y if residual is None else np.asarray(y + residual.astype(y.dtype))
+        if epilogue != "sum_relu":
+            y = np.asarray(_FUNCTIONS[epilogue](y))
+        y = y if residual is None else np.asarray(y + residual.astype(y.dtype))
+        return _relu(y) if epilogue == "sum_relu" else y
 
 
 def _relu(x: Array) -> Array:
     return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
-_FUNCTIONS: dict[Epilogue, Callable[[Array], Array]] = {
+_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "relu": _relu,
     "gelu": arithmetic.gelu,

@@ -38,7 +38,7 @@ from torchvk.ops.convolution import (
     takes_lanes,
     takes_vectors,
 )
-from torchvk.ops.epilogue import EPILOGUES, Epilogue, apply_epilogue
+from torchvk.ops.epilogue import EPILOGUES, Activation, apply_epilogue
 from torchvk.ops.operator import (
     Arg,
     Array,
@@ -84,7 +84,7 @@ class QuantizedConvAttributes:
     input_scale: float = 1.0
     input_zero_point: int = 0
     dtype: DType = DType.FLOAT32
-    epilogue: Epilogue = "none"
+    epilogue: Activation = "none"
     output_dtype: Literal["int8", "uint8"] | None = None
     output_scale: float = 1.0
     output_zero_point: int = 0

@@ -137,7 +137,7 @@ def _unfused(graph: Graph) -> tuple[Graph, dict[int, list[int]]]:
         slot = RESIDUAL.get(node.op)
         residual = node.inputs[slot] if slot is not None and slot < len(node.inputs) else None
         result = graph.tensors[node.outputs[0]]
-        known = name in ("none", "silu") or name in ACTIVATIONS
+        known = name in ("none", "silu", "sum_relu") or name in ACTIVATIONS
         if node.op not in RESIDUAL or not known or (name, residual) == ("none", None) or not result.dtype.is_float:
             nodes.append(node)
             continue
@@ -158,6 +158,8 @@ def _unfused(graph: Graph) -> tuple[Graph, dict[int, list[int]]]:
             steps.append(emit(*ACTIVATIONS[name], [steps[0]], result))
         if residual is not None:
             steps.append(emit("add", {}, [steps[-1], residual], result))
+        if name == "sum_relu":
+            steps.append(emit("relu", {}, [steps[-1]], result))
         # The last step makes what the graph knew as the layer's result.
         tensors.pop()
         nodes[-1] = replace(nodes[-1], outputs=node.outputs)

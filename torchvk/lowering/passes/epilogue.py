@@ -1,4 +1,4 @@
-"""Activations and residual additions go into the linear layer before them (torchvk.ops.epilogue)."""
+"""Activations, residual additions and a relu behind those go into the layer before them (torchvk.ops.epilogue)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 
 
 def fuse_epilogue(draft: Draft) -> Draft:
-    return rewrite(rewrite(draft, ACTIVATIONS), {"add": _residual})
+    return rewrite(rewrite(rewrite(draft, ACTIVATIONS), {"add": _residual}), {"relu": _end})
 
 
 def _layer(rewriter: Rewriter, value: Value | None, readers: int = 1) -> Call | None:
@@ -38,6 +38,14 @@ def _again(rewriter: Rewriter, layer: Call, attributes: Any, residual: Value | N
 def _has_residual(layer: Call) -> bool:
     slot = BIAS[layer.op] + 1
     return any(value is not None for value in layer.inputs[slot : slot + 1])
+
+
+def _end(rewriter: Rewriter, call: Call) -> Value | None:
+    layer = _layer(rewriter, call.inputs[0])
+    if layer is None or layer.attributes.epilogue != "none" or not _has_residual(layer):
+        return None
+    residual = layer.inputs[BIAS[layer.op] + 1]
+    return _again(rewriter, layer, replace(layer.attributes, epilogue="sum_relu"), residual, call)
 
 
 def _activation(rewriter: Rewriter, call: Call, readers: int = 1, name: str | None = None) -> Value | None:
