@@ -118,11 +118,13 @@ class Operands:
             return 0, 0
         a = self.attributes
         assert got.dtype == np.dtype(self.output)
-        real = self.exact / a.output_scale + a.output_zero_point
-        wanted = np.clip(np.rint(real), a.output_min, a.output_max)
+        real = self.exact / a.output_scale
+        wanted = np.clip(np.rint(real) + a.output_zero_point, a.output_min, a.output_max)
         off = np.abs(got.astype(np.float64) - wanted)
         assert off.max(initial=0) <= 1
-        assert np.abs(real - np.floor(real) - 0.5)[off > 0].max(initial=0) < 1e-3
+        # The float32 value's rounding, and that of its product with the rounded 1 / scale.
+        room = 1.2 * self.bound / a.output_scale + 3 * EPSILON * np.abs(real)
+        assert np.all((np.abs(real - np.floor(real) - 0.5) <= room) | (off == 0))
         return off.size, int((off > 0).sum())
 
 
@@ -157,7 +159,7 @@ def test_any_convolution() -> None:
 
     run()
     total, off = (sum(column) for column in zip(*counts, strict=True))
-    assert off <= max(2, 1e-3 * total), f"{off} of {total}"
+    assert off <= max(2, 1e-4 * total), f"{off} of {total}"
 
 
 @pytest.mark.tier
@@ -178,7 +180,7 @@ def test_kernels(name: str, kind: str, bits: int) -> None:
             for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands, **operands.options):
                 count, wrong = operands.check(got)
                 total, off = total + count, off + wrong
-    assert off <= max(1, 1e-3 * total), f"{off} of {total}"
+    assert off <= max(1, 1e-4 * total), f"{off} of {total}"
 
 
 @pytest.mark.parametrize("device", DEVICES)
