@@ -5,6 +5,7 @@ Pairs that prove most; `python -m benchmarks.accuracy --sections networks` has t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torchvk
 from tests.edge import Lowered, lower_program
 from tests.models.zoo import inputs, make
 from tests.schemes import quantized
+from torchvk import ops
 from torchvk.program.compare import compare
 
 BATCH = 2
@@ -32,6 +34,7 @@ PAIRS = [
 ]
 
 
+@functools.cache
 def lower(name: str, scheme: str) -> tuple[Lowered, torch.nn.Module, tuple[torch.Tensor]]:
     images = inputs(name, batch=BATCH)
     module = quantized(make(name), scheme, images, [images])
@@ -52,11 +55,52 @@ def test_delegated_whole_and_same_as_eager(name: str, scheme: str) -> None:
         assert difference.max() <= TOLERANCE[scheme] * expected.abs().max()
         return
     # int8 all the way: as a rule nothing differs at all. A value next to the middle between two steps may fall to the
-    # other side, and what reads it moves by a step or so.
+    # other side, and what reads it moves by a step or so. (The test below feeds each layer by itself.)
     steps = expected.unique().diff()
     assert float((difference > 0).float().mean()) <= 0.01
     assert difference.max() <= 2 * steps.min()
     _assert_int8_between(lowered, name)
+
+
+def test_every_layer_is_the_converted_modules_but_for_ties() -> None:
+    """Each fed with the converted module's own integers, so that no tie spreads: one in ten thousand, by one step."""
+    lowered, module, images = lower("unet", "static")
+    integers = iter(_quantized_values(module, images))
+    graph, values = lowered.graph, dict(zip(lowered.graph.inputs, [x.numpy() for x in images], strict=True))
+    total = different = 0
+    for node in graph.nodes:
+        operands = [values[i] if i in values else graph.constant_array(i) for i in node.inputs if i is not None]
+        (values[node.outputs[0]],) = ops.get(node.op).reference(ops.get(node.op).decode(node), operands)
+        got = values[node.outputs[0]]
+        if got.dtype != np.int8 or node.op == "reshape":
+            continue
+        want = next(integers)
+        want = want if node.op == "quantize" else np.moveaxis(want, 1, -1)
+        steps = np.abs(got.astype(np.int32) - want)
+        assert steps.max() <= 1, node.source
+        total, different = total + steps.size, different + np.count_nonzero(steps)
+        values[node.outputs[0]] = want
+    assert next(integers, None) is None
+
+    assert total > 40_000
+    assert different <= 1e-4 * total
+
+
+def _quantized_values(module: torch.nn.Module, images: tuple[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+    """What the module's quantize nodes give, in their order."""
+    found = []
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if str(n.target) == "quantized_decomposed.quantize_per_tensor.default":
+                found.append(value.numpy())
+            return value
+
+    assert isinstance(module, torch.fx.GraphModule)
+    with torch.no_grad():
+        Watch(module).run(*images)
+    return found
 
 
 def _assert_int8_between(lowered: Lowered, name: str) -> None:
