@@ -22,6 +22,7 @@ from variants import GPU
 import torchvk.shaders
 from torchvk.graph import DType, TensorType
 from torchvk.ops import CooperativeMatrixShape
+from torchvk.ops.quantized_linear_case import WEIGHT
 from torchvk.ops.quantized_linear_matrix import FRAGMENT_TILES, TILES, fragment_kernel
 from torchvk.runtime.device import max_tier, open_device
 
@@ -86,6 +87,8 @@ def test_fragments_keep_the_contract(m: int, n: int, lanes: int) -> None:
         assert found[0][0] in offered
         for name, dispatch in found:
             assert contract_errors(dispatch, capabilities) == []
+            packings = {arg.layout.name for arg in dispatch.buffers if arg.layout and arg.index == WEIGHT}
+            assert len([packing for packing in packings if "sums" not in packing]) <= 1  # else it is uploaded twice
             if name in offered and not any(arg.part for arg in dispatch.buffers):
                 *_, tiles_n, count = struct.unpack_from("<7I", dispatch.push)
                 assert tiles_n * offered[name].n >= n > (tiles_n - 1) * offered[name].n

@@ -241,7 +241,8 @@ def _product(case: Case, choice: Choice, operand: Activations, x_format: int, st
             # Products of float16 matrices have no binding for the rows' scales and zero points.
             *(() if choice.matrix and not integers else (operand.qparams,)),
             stored.out,
-            read(WEIGHT, packing.layout) if case.residual is None else read(RESIDUAL),
+            # (Residuals are no texels. Another packing of the weight would be uploaded.)
+            (read(WEIGHT, packing.layout) if texels else weights) if case.residual is None else read(RESIDUAL),
             *sums,
             *zero_points,
         ),
