@@ -12,9 +12,9 @@ from torchvk.ops.conv_kernels import Case, float_kernels
 from torchvk.ops.convolution import Geometry, convolve, output_shape, reason_against
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
 from torchvk.ops.operator import (
+    NOTHING,
     Array,
     Capabilities,
-    Kernels,
     Operator,
     Types,
     Variants,
@@ -95,14 +95,8 @@ def _variants(
     attributes: ConvAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Variants:
     if outputs[0].numel == 0:
-        return (("nothing", Kernels(())),)
+        return NOTHING
     return tuple(float_kernels(_case(attributes, inputs, outputs), capabilities))
-
-
-def _kernels(
-    attributes: ConvAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    return _variants(attributes, inputs, outputs, capabilities)[0][1]
 
 
 register(
@@ -112,7 +106,6 @@ register(
         attributes=ConvAttributes,
         infer=_infer,
         reference=_reference,
-        kernels=_kernels,
         variants=_variants,
         support=_support,
         dtypes=FLOATS,

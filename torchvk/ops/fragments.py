@@ -6,6 +6,7 @@ the device once; here it is plain data, from which the packing follows. See quan
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,34 +45,17 @@ class Fragment:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return _digest(self)
 
     @property
     def complete(self) -> bool:
         """Whether every element has one place, and a lane's elements of a unit fill two or four words of int4."""
-        whole = sorted(self.elements) == list(range(self.rows * self.columns)) and UNIT % self.columns == 0
-        return whole and self.per_lane * UNIT // self.columns in (16, 32)
+        return _complete(self)
 
     def slots(self) -> tuple[int, int, int] | None:
         """(slots, slot shift, lane shift): pair p of lane l's elements lies in row
         ``order[l >> lane shift][(p >> slot shift) % slots]``, see ``row_order``; None if that does not hold."""
-        if not self.complete:
-            return None
-        rows = self.table // self.columns
-        if np.any(rows[:, 0::2] != rows[:, 1::2]):
-            return None
-        pairs = rows[:, 0::2]
-        for slots, slot_shift in ((1, 0), (2, 0), (2, 1), (2, 2)):
-            slot = (np.arange(pairs.shape[1]) >> slot_shift) % slots
-            for lane_shift in range(7):
-                group = np.arange(self.lanes) >> lane_shift
-                if (group[-1] + 1) * slots != self.rows:
-                    continue
-                order = np.full((group[-1] + 1, slots), -1)
-                order[np.ix_(group, slot)] = pairs
-                if np.array_equal(order[np.ix_(group, slot)], pairs):
-                    return slots, slot_shift, lane_shift
-        return None
+        return _slots(self)
 
     def row_order(self) -> Array:
         """The rows, lane group by lane group and slot by slot: the order of scales."""
@@ -129,3 +113,36 @@ class Fragment:
         if found[0] == 1:
             ordered = np.repeat(ordered, 2, -1)
         return np.ascontiguousarray(ordered)
+
+
+# A device has a few fragments, each of which is asked about for every layer.
+@functools.lru_cache
+def _digest(fragment: Fragment) -> str:
+    return hashlib.sha256(repr(fragment).encode()).hexdigest()[:12]
+
+
+@functools.lru_cache
+def _complete(fragment: Fragment) -> bool:
+    whole = sorted(fragment.elements) == list(range(fragment.rows * fragment.columns)) and UNIT % fragment.columns == 0
+    return whole and fragment.per_lane * UNIT // fragment.columns in (16, 32)
+
+
+@functools.lru_cache
+def _slots(fragment: Fragment) -> tuple[int, int, int] | None:
+    if not fragment.complete:
+        return None
+    rows = fragment.table // fragment.columns
+    if np.any(rows[:, 0::2] != rows[:, 1::2]):
+        return None
+    pairs = rows[:, 0::2]
+    for slots, slot_shift in ((1, 0), (2, 0), (2, 1), (2, 2)):
+        slot = (np.arange(pairs.shape[1]) >> slot_shift) % slots
+        for lane_shift in range(7):
+            group = np.arange(fragment.lanes) >> lane_shift
+            if (group[-1] + 1) * slots != fragment.rows:
+                continue
+            order = np.full((group[-1] + 1, slots), -1)
+            order[np.ix_(group, slot)] = pairs
+            if np.array_equal(order[np.ix_(group, slot)], pairs):
+                return slots, slot_shift, lane_shift
+    return None

@@ -10,8 +10,8 @@ import numpy as np
 
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import Epilogue, apply_epilogue, epilogue_constants
-from torchvk.ops.linear_kernels import Product, Slots, product_kernels, product_variants
-from torchvk.ops.operator import Array, Capabilities, Kernels, Operator, Types, Variants, expect, register
+from torchvk.ops.linear_kernels import Product, Slots, product_variants
+from torchvk.ops.operator import Array, Capabilities, Operator, Types, Variants, expect, register
 
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 
@@ -102,19 +102,9 @@ def _matmul_product(attributes: MatmulAttributes, a: TensorType, b: TensorType, 
     )
 
 
-def _matmul_kernels(
-    attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    if outputs[0].numel == 0:
-        return Kernels(())
-    return product_kernels(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
-
-
 def _matmul_variants(
     attributes: MatmulAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Variants:
-    if outputs[0].numel == 0:
-        return ()
     return product_variants(_matmul_case(attributes, inputs, outputs), Slots(), capabilities)
 
 
@@ -144,7 +134,6 @@ MATMUL = register(
         attributes=MatmulAttributes,
         infer=_infer_matmul,
         reference=_matmul_reference,
-        kernels=_matmul_kernels,
         variants=_matmul_variants,
         dtypes=FLOATS,
     )
@@ -176,12 +165,6 @@ def _infer_linear(attributes: LinearAttributes, inputs: Types) -> tuple[TensorTy
     output = TensorType(x.dtype, (*x.shape[:-1], n))
     expect(residual is None or residual == output, f"linear takes a residual like its result {output}, got {residual}")
     return (output,)
-
-
-def _linear_kernels(
-    attributes: LinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    return product_kernels(*_linear_case(attributes, inputs), capabilities)
 
 
 def _linear_variants(
@@ -220,7 +203,6 @@ LINEAR = register(
         attributes=LinearAttributes,
         infer=_infer_linear,
         reference=_linear_reference,
-        kernels=_linear_kernels,
         variants=_linear_variants,
         dtypes=FLOATS,
     )

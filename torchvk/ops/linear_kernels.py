@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torchvk.errors import UnsupportedError
@@ -14,7 +14,18 @@ from torchvk.ops.fragments import Fragment
 from torchvk.ops.linear_fragments import fragment_dispatch, fragment_kernel, fragment_tiles
 from torchvk.ops.matrix import Tile, candidates, pick, plausible, tiles_of
 from torchvk.ops.matrix_half import TILES
-from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, Variants, grid, read, scratch_write, write
+from torchvk.ops.operator import (
+    NOTHING,
+    Arg,
+    Capabilities,
+    Dispatch,
+    Kernels,
+    Variants,
+    grid,
+    read,
+    scratch_write,
+    write,
+)
 from torchvk.ops.rounding import round_to_half
 from torchvk.ops.rows import stacked, whole_rows
 
@@ -167,10 +178,17 @@ class Slots:
 
 def product_variants(product: Product, slots: Slots, capabilities: Capabilities) -> Variants:
     """The chosen kernel first, then those that may be better: tiles of cooperative matrices, or register blocks."""
-    if product.batches * product.m * product.n == 0 or capabilities.kind == "cpu":
-        return ()
+    if product.batches * product.m * product.n == 0:
+        return NOTHING
+    choices = _choices(product, capabilities)
+    return tuple((_name(choice), product_kernels(product, slots, capabilities, choice)) for choice in choices)
+
+
+def _choices(product: Product, capabilities: Capabilities) -> Iterable[Choice]:
     chosen = choose(product, capabilities)
     choices = {chosen: None}
+    if capabilities.kind == "cpu":
+        return choices
     if "_wide" in chosen.kernel:
         choices[replace(chosen, kernel=chosen.kernel.replace("_wide", ""), group=4)] = None
     choices.update(dict.fromkeys(fragment_choices(product, capabilities)))
@@ -180,7 +198,7 @@ def product_variants(product: Product, slots: Slots, capabilities: Capabilities)
             choices[_matrix_choice(tile)] = None
     if not chosen.matrix:
         choices.update(dict.fromkeys(_block_choices(product, capabilities)))
-    return tuple((_name(choice), product_kernels(product, slots, capabilities, choice)) for choice in choices)
+    return choices
 
 
 def _block_choices(product: Product, capabilities: Capabilities) -> Iterator[Choice]:

@@ -166,6 +166,15 @@ class Kernels:
 
 Types = Sequence[TensorType | None]
 Variants = tuple[tuple[str, Kernels], ...]
+NOTHING: Variants = (("nothing", Kernels(())),)  # for empty results
+
+
+def _no_variants(*_: Any) -> Variants:
+    return ()
+
+
+def _first_variant(*_: Any) -> Kernels:
+    raise NotImplementedError("stands for the first variant, until the operator is there")
 
 
 @dataclass(frozen=True)
@@ -176,9 +185,10 @@ class Operator:
     infer(attributes, inputs) -> output types; raises OperatorError with words for operands that make no sense.
     reference(attributes, inputs) -> outputs, NumPy; int4 constants arrive unpacked as int8.
     kernels(attributes, inputs, outputs, capabilities) -> Kernels; pure. Every operator has them, for tier 0 up.
-    variants(attributes, inputs, outputs, capabilities) -> (name, Kernels) of every plausible way to run this case,
-    what ``kernels`` gives first; empty where there is one way. All are correct; which is fastest on a device is
-    measured there. A name says how (tile sizes, splits), so that a choice made for one size can serve another.
+    variants(attributes, inputs, outputs, capabilities) -> (name, Kernels) of every plausible way to run this case.
+    All are correct; which is fastest on a device is measured there. A name says how (tile sizes, splits), so that a
+    choice made for one size can serve another. Operators give one of the two: the first variant is what ``kernels``
+    give, and where there is one way there are no variants.
     support(attributes, inputs) -> None, or in words why this (meaningful) case cannot run.
     constant_inputs: inputs that must be constants (weights that get packed).
     alias: the output is the first input's bytes with another shape: no kernel runs.
@@ -189,15 +199,17 @@ class Operator:
     summary: str
     infer: Callable[[Any, Types], tuple[TensorType, ...]]
     reference: Callable[[Any, Sequence[Array | None]], tuple[Array, ...]]
-    kernels: Callable[[Any, Types, Sequence[TensorType], Capabilities], Kernels]
+    kernels: Callable[[Any, Types, Sequence[TensorType], Capabilities], Kernels] = _first_variant
     attributes: type = NoAttributes
     support: Callable[[Any, Types], str | None] = lambda attributes, inputs: None
     constant_inputs: frozenset[int] = frozenset()
     alias: bool = False
     dtypes: tuple[DType, ...] = ()
-    variants: Callable[[Any, Types, Sequence[TensorType], Capabilities], Variants] = (
-        lambda attributes, inputs, outputs, capabilities: ()
-    )
+    variants: Callable[[Any, Types, Sequence[TensorType], Capabilities], Variants] = _no_variants
+
+    def __post_init__(self) -> None:
+        if self.kernels is _first_variant:
+            object.__setattr__(self, "kernels", lambda *case: self.variants(*case)[0][1])
 
     def decode(self, node: Node) -> Any:
         """The node's attributes as this operator's dataclass; raises FormatError."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import Epilogue, apply_epilogue
-from torchvk.ops.operator import Array, Capabilities, Kernels, Operator, OperatorError, Types, Variants, register
+from torchvk.ops.operator import NOTHING, Array, Capabilities, Operator, OperatorError, Types, Variants, register
 from torchvk.ops.quantization import Activation, Formulas, Scheme, Static, quantize
 from torchvk.ops.quantized_linear_case import BIAS, SCALE, WEIGHT, ZERO_POINT, Case
 from torchvk.ops.quantized_linear_kernels import variants
@@ -216,7 +216,7 @@ def _variants(
 ) -> Variants:
     x, weight, scale, bias, residual = _operands(inputs)
     if outputs[0].numel == 0:
-        return (("nothing", Kernels(())),)
+        return NOTHING
     case = Case(
         packing=Packing.of(weight, attributes.group_size),
         m=math.prod(x.shape[:-1]),
@@ -234,12 +234,6 @@ def _variants(
     return variants(case)
 
 
-def _kernels(
-    attributes: QuantizedLinearAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    return _variants(attributes, inputs, outputs, capabilities)[0][1]
-
-
 register(
     Operator(
         name="quantized_linear",
@@ -247,7 +241,6 @@ register(
         "static) and results",
         infer=_infer,
         reference=_reference,
-        kernels=_kernels,
         variants=_variants,
         attributes=QuantizedLinearAttributes,
         support=_support,

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from torchvk.errors import TorchVkError, UnsupportedError
-from torchvk.graph import Graph
-from torchvk.ops import Arg, Capabilities, Dispatch, Layout, choose_kernels, get
+from torchvk.graph import Graph, Node, TensorType
+from torchvk.ops import Arg, Capabilities, Dispatch, Kernels, Layout, choose_kernels, get
 from torchvk.ops.fusion import fuse
 from torchvk.ops.operator import PART_ALIGNMENT
 
@@ -102,6 +102,8 @@ class _Draft:
     # What a dispatch that writes only scratch computes → the scratch storages that hold it.
     computed: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict)
     parts: dict[tuple[int, tuple[int, int]], int] = field(default_factory=dict)
+    # What was chosen for equal nodes: models repeat their layers.
+    chosen: dict[tuple[object, ...], Kernels] = field(default_factory=dict)
 
     def storage(self, kind: Kind, nbytes: int, offset: int = 0) -> int:
         self.storages.append(Storage(kind, -(-nbytes // PADDING) * PADDING, offset))
@@ -135,6 +137,14 @@ class _Draft:
             self.parts[key] = self.storage(whole.kind, nbytes, first)
             self.storages[-1] = replace(self.storages[-1], whole=storage)
         return self.parts[key]
+
+    def kernels(self, node: Node, inputs: Sequence[TensorType | None], outputs: Sequence[TensorType]) -> Kernels:
+        attributes = get(node.op).decode(node)
+        constants = tuple(type is not None and type.constant for type in inputs)
+        key = (node.op, str(attributes), *inputs, constants, *outputs)
+        if key not in self.chosen:
+            self.chosen[key] = choose_kernels(node.op, attributes, inputs, outputs, self.capabilities, self.tuned)
+        return self.chosen[key]
 
     def copy(self, source: int, target: int) -> None:
         self.steps.append(Step(None, None, (source, target), (source,), (target,)))
@@ -196,8 +206,7 @@ def _add_node(draft: _Draft, position: int) -> None:
         draft.tensors[index] = draft.storage("arena", nbytes)
     types = [None if index is None else graph.tensors[index].type for index in node.inputs]
     output_types = [graph.tensors[index].type for index in node.outputs]
-    attributes = operator.decode(node)
-    kernels = choose_kernels(node.op, attributes, types, output_types, draft.capabilities, draft.tuned)
+    kernels = draft.kernels(node, types, output_types)
     for nbytes in kernels.scratch:
         _check_range(draft, nbytes, f"{where}: scratch memory")
     scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]
