@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from tests.edge import Lowered, lower_module, lower_program
 from tests.pt2e import quantize
 from torchvk.errors import ArgumentError
+from torchvk.graph import DType
 
 pytestmark = pytest.mark.export
 
@@ -130,6 +131,30 @@ def test_other_quantizers(name: str) -> None:
     (y,) = lowered.run(x, device=None)
     assert float((y - expected).abs().max()) <= 0.02 * float(expected.abs().max())
     assert float(((y - expected).abs() > 1e-4).float().mean()) <= 0.05
+
+
+def test_force_fp16_leaves_integers_as_they_are() -> None:
+    """What is quantized is read, and what is dequantized at the end is given, in float32; only floats between are
+    float16."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(20, 16), nn.Linear(8, 5), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = F.relu(self.first(x))
+            return self.second(y.unflatten(1, (2, 8))), self.third(torch.softmax(y, -1))
+
+    x = torch.randn(40, 20) * 300
+    converted = quantize(Two(), (x,), is_static=True)
+    lowered = lower_program(torch.export.export(converted, (x,)), compile_options={"force_fp16": True})
+    graph = lowered.graph
+    half = {node.op for node in graph.nodes if graph.tensors[node.outputs[0]].dtype is DType.FLOAT16}
+    assert half == {"dequantize", "softmax"}
+    (exact, rounded), (want, other) = lowered.run(x, device=None), converted(x)
+    assert torch.equal(exact, want)
+    assert float((rounded - other).abs().max()) <= 0.05 * float(other.abs().max())
 
 
 def test_bad_parameters_are_errors_that_name_the_module() -> None:

@@ -34,7 +34,8 @@ class VulkanPartitioner(Partitioner):  # type: ignore[misc]  # executorch is unt
     """Hands to Vulkan what torchvk runs; for ``executorch.exir.to_edge_transform_and_lower(partitioner=[…])``.
 
     Args:
-        compile_options: ``force_fp16`` computes in float16 inside of delegates, with float32 at their borders.
+        compile_options: ``force_fp16`` computes in float16 inside of delegates, with float32 at their borders;
+            integers of static quantization are not touched.
             ``require_dynamic_shapes`` claims only what runs with other shapes than the exported ones, which is
             nothing so far. Both are False by default.
         operator_blocklist: operators that stay on the CPU, as overloads (``exir_ops.edge.aten.add.Tensor``,
