@@ -67,7 +67,7 @@ def test_config_parameters_are_executorchs() -> None:
             "contradict each other: groups lie",
         ),
         ({"group_size": 32, "is_static": True}, torchvk.errors.ArgumentError, "group_size and is_static contradict"),
-        ({"group_size": 0}, torchvk.errors.ArgumentError, "group_size=0 is not supported: it must be positive"),
+        ({"group_size": 1}, torchvk.errors.ArgumentError, "group_size=1 is not supported: a group has 2"),
         ({"group_size": "32"}, torchvk.errors.ArgumentTypeError, "group_size must be an int, not str"),
         ({"is_static": 1}, torchvk.errors.ArgumentTypeError, "is_static must be a bool, not int"),
         ({"is_qat": None}, torchvk.errors.ArgumentTypeError, "is_qat must be a bool, not NoneType"),

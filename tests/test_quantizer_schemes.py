@@ -64,6 +64,14 @@ def test_range_of_tokens() -> None:
     assert choose.args[1:6] == ("ASYMMETRIC", (1, 8), torch.int8, -50, 60)
 
 
+def test_tokens_of_one_value_are_not_quantized() -> None:
+    """torchao takes blocks of one element for the whole tensor, and fails."""
+    model, x = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 3)), torch.randn(2, 5, 1)
+    converted = convert(model, x, is_dynamic=True, is_per_token=True)
+    assert converted(x).shape == (2, 5, 3)
+    assert len(find(converted, TOKEN)) == 1
+
+
 def test_shared_tokens_are_quantized_once_and_apart_from_tensors() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:

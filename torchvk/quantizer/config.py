@@ -90,8 +90,8 @@ def get_symmetric_quantization_config(
             configurations the range is not used.
         weight_qmin, weight_qmax: range of quantized weights around 0, within the range of ``weight_bits``,
             the default: -128…127 or -8…7.
-        is_static, is_per_token, is_per_channel, group_size, is_qat: see above. ``group_size`` is a positive number
-            that divides the input channels of each linear.
+        is_static, is_per_token, is_per_channel, group_size, is_qat: see above. ``group_size`` is a number
+            above 1 that divides the input channels of each linear.
 
     Raises:
         ArgumentTypeError: an argument has the wrong type.
@@ -115,8 +115,8 @@ def get_symmetric_quantization_config(
     if is_per_token and not is_dynamic:
         raise ArgumentError("is_per_token needs is_dynamic=True: tokens get their scales at run time")
     if group_size is not None:
-        if _integer("group_size", group_size) < 1:
-            raise ArgumentError(f"group_size={group_size} is not supported: it must be positive")
+        if _integer("group_size", group_size) < 2:
+            raise ArgumentError(f"group_size={group_size} is not supported: a group has 2 input channels or more")
         if not is_per_channel:
             raise ArgumentError("group_size and is_per_channel=False contradict each other: groups lie within channels")
         if is_static:
@@ -170,9 +170,14 @@ def is_static(config: QuantizationConfig) -> bool:
     return config.input_activation is not None and not config.input_activation.is_dynamic
 
 
+def is_per_token(activation: QuantizationSpec) -> bool:
+    """Whether each row of the last dimension has parameters of its own."""
+    return _is_one_of(activation, _TOKENS)
+
+
 def per_tensor(activation: QuantizationSpec) -> QuantizationSpec:
     """``activation``, with tokens replaced by the whole tensor: for operators whose rows are no tokens."""
-    if not _is_one_of(activation, _TOKENS):
+    if not is_per_token(activation):
         return activation
     is_qat = _class(activation) is PerTokenFakeQuantize
     return _dynamic((activation.quant_min, activation.quant_max), False, is_qat)

@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig, Quantization
 
 from torchvk.errors import ArgumentError
 from torchvk.quantizer.annotation import Scope, annotate, is_float
-from torchvk.quantizer.config import along, group_size_of
+from torchvk.quantizer.config import along, group_size_of, is_per_token
 from torchvk.quantizer.settings import module_path
 
 _aten = torch.ops.aten
@@ -76,7 +76,9 @@ def annotate_linears(scope: Scope) -> list[Node]:
             continue
         _check_groups(node, operands, config)
         inputs = {operands.weight: along(config.weight, operands.channel_dim)}
-        if config.input_activation is not None:
+        # A token of one value stays as it is: torchao takes blocks of one element for the whole tensor.
+        single = operands.input.meta["val"].shape[-1] == 1
+        if config.input_activation is not None and not (single and is_per_token(config.input_activation)):
             if _uses(node, operands.input) > 1:  # also the addend: addmm(x, x, W)
                 continue
             inputs[operands.input] = config.input_activation
