@@ -13,7 +13,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 import torchvk
+from benchmarks.network import DeviceOption, ListOption, device_name, markdown
 
 Array = np.ndarray[Any, Any]
 MINILM = ("fp32", "fp16", "8w", "4w", "dynamic", "token", "8da4w", "static")
@@ -84,11 +85,6 @@ def sqnr(reference: Array, given: Array) -> str:
     return "exact" if noise == 0 else f"{10 * np.log10(signal / noise):.1f}"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    marks = ["---" if column < left else "---:" for column in range(len(heads))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
-
-
 # Sections
 
 
@@ -122,7 +118,7 @@ def minilm(device: str | None, say: Callable[[str], None]) -> str:
     return (
         f"MiniLM (all-MiniLM-L6-v2), {len(SENTENCES)} sentences padded to {TOKENS} tokens: the embeddings beside those "
         f"of the float32 module. `static` was calibrated on the first {SENTENCES_A_CALL} of them.\n\n"
-        + table(heads, rows)
+        + markdown(heads, rows)
     )
 
 
@@ -159,7 +155,7 @@ def _digits(name: str, device: str | None, say: Callable[[str], None]) -> str:
         other = int((ran.outputs.argmax(1) != expected.argmax(1)).sum())
         rows.append((scheme, f"{points:.2f} %", f"{points - base:+.2f}", str(other), str(ran.cpu or "none")))
     heads = ("scheme", "accuracy", "points to fp32", "answers unlike the eager module's", "CPU operators")
-    return table(heads, rows)
+    return markdown(heads, rows)
 
 
 # What was found by feeding each layer by itself, once.
@@ -203,13 +199,14 @@ def networks(device: str | None, say: Callable[[str], None]) -> str:
         "The networks of `tests/models` in tiny versions with random weights: signal-to-quantization-noise ratio of "
         "their outputs to the float32 module's, that of the eager quantized module, and the largest difference between "
         "the two, relative to the largest output. (Random weights lose more than trained ones.)\n\n"
-        + table(heads, rows, left=2)
+        + markdown(heads, rows, left=2)
         + "\n\n"
         + TIES
     )
 
 
 SECTIONS = {"minilm": ("MiniLM", minilm), "digits": ("Digits", digits), "networks": ("Networks", networks)}
+ALL = ",".join(SECTIONS)
 
 
 def document(old: str, made: dict[str, str]) -> str:
@@ -217,7 +214,7 @@ def document(old: str, made: dict[str, str]) -> str:
     from tests.schemes import SCHEMES
 
     kept = dict(re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", old, re.MULTILINE | re.DOTALL))
-    schemes = table(("name", "scheme"), ((f"`{name}`", what) for name, what in SCHEMES.items()), left=2)
+    schemes = markdown(("name", "scheme"), ((f"`{name}`", what) for name, what in SCHEMES.items()), left=2)
     parts = [HEAD.format(schemes=schemes)]
     for name, (title, _) in SECTIONS.items():
         text = made.get(name) or kept.get(title, "").strip()
@@ -227,21 +224,18 @@ def document(old: str, made: dict[str, str]) -> str:
 
 
 def main(
-    device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
-    sections: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SECTIONS),
+    device: DeviceOption = None,
+    sections: ListOption = ALL,
     output: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
 ) -> None:
     """Measure accuracy and write the page."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from torchvk.runtime.device import open_device
-
-    info = open_device(device).info
     console = Console(stderr=True)
     made = {}
     for name in sections.split(","):
         text = SECTIONS[name][1](device, console.print)
-        where = f"On {info.name} ({info.driver} {info.driver_version}), {datetime.date.today():%B %Y}."
+        where = f"On {device_name(device)}, {datetime.date.today():%B %Y}."
         made[name] = f"{text}\n\n{where}"
     old = output.read_text(encoding="utf-8") if output.exists() else ""
     output.write_text(document(old, made), encoding="utf-8")

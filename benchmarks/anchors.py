@@ -1,11 +1,12 @@
 """PyTorch's own kernels on the same GPU: matrix products in CUDA graphs, weights rotated past the caches.
 
-Nothing here where PyTorch has no CUDA. The graph holds ``layers`` products one after the other, so that launches cost
+A graph holds ``layers`` products one after the other, so that launches cost
 nothing; times are medians by CUDA events.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,17 @@ def graph_seconds(body: Callable[[], Any], layers: int, repeats: int = 20) -> fl
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e-3)
     return float(np.median(times)) / layers
+
+
+def host_seconds(body: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of ``body`` by the host's clock, after a first run."""
+    body()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        body()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
 
 
 def bf16(m: int, n: int, k: int, layers: int = 20) -> float:

@@ -5,14 +5,14 @@ Written out, so that it can be timed where ``transformers`` is not installed; th
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.anchors import available, graph_seconds
+from benchmarks.network import Peer, beside
 
 LAYERS, WIDTH, HEADS, INNER, WORDS = 6, 384, 12, 1536, 30522
 
@@ -54,18 +54,14 @@ class Encoder(torch.nn.Module):
         return functional.normalize((x * weight).sum(1) / weight.sum(1).clamp(min=1e-9), dim=1)
 
 
-def seconds(batch: int, tokens: int, mask: np.ndarray[Any, Any]) -> tuple[str, float]:
-    """What was timed, and the seconds of a call: float16 in a CUDA graph, else float32 on the CPU."""
-    with torch.no_grad():
-        model = Encoder().eval()
-        inputs = torch.randint(0, 1000, (batch, tokens)), torch.from_numpy(mask)
-        if available():
-            half = model.half().cuda()
-            on_device = [x.cuda() for x in inputs]
-            return "PyTorch CUDA fp16, CUDA graph", graph_seconds(lambda: half(*on_device), 1, repeats=50)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            model(*inputs)
-            times.append(time.perf_counter() - start)
-        return "PyTorch CPU fp32", float(np.median(times))
+def peer(batch: int, tokens: int, mask: np.ndarray[Any, Any]) -> Peer:
+    """float16 in a CUDA graph, else float32 on the CPU."""
+    model = Encoder().eval()
+    inputs = torch.randint(0, 1000, (batch, tokens)), torch.from_numpy(mask)
+
+    def half() -> Callable[[], Any]:
+        on_device = [x.cuda() for x in inputs]
+        halved = model.half().cuda()
+        return lambda: halved(*on_device)
+
+    return beside(half, lambda: model(*inputs))

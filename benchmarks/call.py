@@ -18,15 +18,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import torchvk
-from torchvk.runtime import list_devices
+from benchmarks import network
 
 K = N = 1024
 SECONDS = 2.0  # for each row
@@ -197,10 +196,23 @@ def measure_load(device: str | None, folder: Path) -> LoadResult:
     return LoadResult(seconds, path.stat().st_size, grown - shared, allocated)
 
 
-def main(
-    device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-) -> None:
+HEADS = ("scheme", "M", "call", "NumPy fp32", "ratio", "kernels", "GB/s", "GFLOP/s")
+
+
+def cells(result: LinearResult) -> list[str]:
+    return [
+        result.scheme,
+        str(result.m),
+        f"{result.call * 1e6:.0f} µs",
+        f"{result.numpy * 1e6:.0f} µs",
+        f"{result.call / result.numpy:.1f}",
+        f"{result.kernels * 1e6:.0f} µs",
+        f"{result.bytes / result.kernels / 1e9:.1f}",
+        f"{result.flops / result.kernels / 1e9:.1f}",
+    ]
+
+
+def main(device: network.DeviceOption = None, output: network.JsonOption = None) -> None:
     """Measure one quantized linear and the loading of MiniLM."""
     warnings.filterwarnings("ignore")
     console = Console()
@@ -214,35 +226,15 @@ def main(
         python = measure_python(device)
         status.update("loading MiniLM")
         load = measure_load(device, Path(folder))
-        with torchvk.load(quantized_linear("fp32", 1), device) as program:
-            name = program.profile(np.zeros((1, K), np.float32)).device
-    driver = next((f"{info.driver} {info.driver_version}" for info in list_devices() if info.name == name), "")
-    table = Table(title=f"Linear N = K = {K}, float32 in and out, on {name} ({driver})")
-    for column in ("scheme", "M", "call", "NumPy fp32", "ratio", "kernels", "GB/s", "GFLOP/s"):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
-    for result in results:
-        table.add_row(
-            result.scheme,
-            str(result.m),
-            f"{result.call * 1e6:.0f} µs",
-            f"{result.numpy * 1e6:.0f} µs",
-            f"{result.call / result.numpy:.1f}",
-            f"{result.kernels * 1e6:.0f} µs",
-            f"{result.bytes / result.kernels / 1e9:.1f}",
-            f"{result.flops / result.kernels / 1e9:.1f}",
-        )
-    console.print(table)
+    title = f"Linear N = K = {K}, float32 in and out, on {network.device_name(device)}"
+    console.print(network.table(title, HEADS, map(cells, results)))
     console.print(f"Python's share of a call with four inputs: {python * 1e6:.0f} µs")
     console.print(
         f"Loading MiniLM 8da4w: {load.seconds:.2f} s, file {load.file_bytes / 1e6:.1f} MB, host memory "
         f"{load.host_bytes / 1e6:.1f} MB ({load.host_bytes / load.file_bytes:.2f} of the file), "
         f"device memory {load.device_bytes / 1e6:.1f} MB"
     )
-    if output is not None:
-        rows = [asdict(result) for result in results]
-        output.write_text(
-            json.dumps({"device": name, "driver": driver, "linear": rows, "python": python, "load": asdict(load)})
-        )
+    network.write_json(output, device, results, python=python, load=asdict(load))
 
 
 if __name__ == "__main__":

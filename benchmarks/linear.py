@@ -11,19 +11,15 @@ over time. Where PyTorch has CUDA its kernels are timed beside. ``benchmarks.roo
 
 from __future__ import annotations
 
-import datetime
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import anchors
+from benchmarks import anchors, network
 from benchmarks.chain import Layer, Timing, linear, measure, quantized_linear
 from benchmarks.limits import Limits, measure_limits
 from torchvk.graph import DType
@@ -42,6 +38,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": DType.FLOAT16},
     "fp32": {"dtype": DType.FLOAT32},
 }
+ALL = ",".join(SCHEMES)
 SIZES = ("4096x4096", "14336x4096", "4096x14336")
 ROWS = (1, 2, 4, 8, 16, 128, 512, 2048)
 SWEEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 513, 1024, 2048, 4096, 8192)
@@ -144,36 +141,34 @@ def rate(operations: float) -> str:
     return f"{operations / 1e12:.1f} T" if operations >= 1e12 else f"{operations / 1e9:.1f} G"
 
 
-def table_of(rows: Iterable[Row], title: str) -> Table:
-    table = Table(title=title)
-    for column in ("scheme", "N x K", "M", "time", "limit", "share", "GB/s", "OP/s", "torch bf16", "int8", "int4"):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
-    for row in rows:
-        beside = [f"{row.peers[name] * 1e6:.1f} µs" if name in row.peers else "" for name in ("bf16", "int8", "int4")]
-        table.add_row(
-            row.scheme,
-            f"{row.n}x{row.k}",
-            str(row.m),
-            f"{row.seconds * 1e6:.1f} µs",
-            f"{row.limit * 1e6:.1f} µs ({row.bound})",
-            f"{row.limit / row.seconds:.0%}",
-            f"{row.bytes / row.seconds / 1e9:.0f}",
-            rate(row.flops / row.seconds),
-            *beside,
-        )
-    return table
+HEADS = ("scheme", "N x K", "M", "time", "limit", "share", "GB/s", "OP/s", "torch bf16", "int8", "int4")
+
+
+def cells(row: Row) -> list[str]:
+    beside = [f"{row.peers[name] * 1e6:.1f} µs" if name in row.peers else "" for name in ("bf16", "int8", "int4")]
+    return [
+        row.scheme,
+        f"{row.n}x{row.k}",
+        str(row.m),
+        f"{row.seconds * 1e6:.1f} µs",
+        f"{row.limit * 1e6:.1f} µs ({row.bound})",
+        f"{row.limit / row.seconds:.0%}",
+        f"{row.bytes / row.seconds / 1e9:.0f}",
+        rate(row.flops / row.seconds),
+        *beside,
+    ]
 
 
 def main(
-    device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
-    schemes: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SCHEMES),
+    device: network.DeviceOption = None,
+    schemes: network.ListOption = ALL,
     sizes: Annotated[str, typer.Option(help="NxK, comma-separated.")] = "",
     rows: Annotated[str, typer.Option(help="M, comma-separated.")] = "",
     sweep: Annotated[bool, typer.Option(help="M = 1 … 8192 and N = K = 512 … 16384.")] = False,
     max_tier: Annotated[int | None, typer.Option(help="Cap of the capability tier.")] = None,
     layers: Annotated[int, typer.Option(help="Length of the chain.")] = 50,
-    torch: Annotated[bool, typer.Option(help="Time PyTorch's CUDA kernels beside.")] = True,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    torch: network.TorchOption = True,
+    output: network.JsonOption = None,
 ) -> None:
     """Time linear layers on the device."""
     warnings.filterwarnings("ignore")
@@ -181,7 +176,7 @@ def main(
     opened = open_device(device)
     small = opened.info.kind == "cpu"
     limits = measure_limits(opened, max_tier)
-    name = f"{opened.info.name} ({opened.info.driver} {opened.info.driver_version})"
+    name = network.device_name(device)
     console.print(
         f"{name}: copy {limits.bandwidth / 1e9:.0f} GB/s; operations a second: float32 {rate(limits.float32)}, 8-bit "
         f"dot products {rate(limits.dot8)}, matrix units float16 {rate(limits.float16)}, int8 {rate(limits.int8)}"
@@ -196,12 +191,8 @@ def main(
             known[key] = known.get(key) or peers(*key)
             row.peers.update(known[key])
         results.append(row)
-    console.print(table_of(results, f"Linear layers on {name}"))
-    if output is not None:
-        today = datetime.date.today().isoformat()
-        facts = {"device": opened.info.name, "driver": f"{opened.info.driver} {opened.info.driver_version}"}
-        rows_of = [asdict(row) for row in results]
-        output.write_text(json.dumps({**facts, "date": today, "limits": asdict(limits), "rows": rows_of}, indent=1))
+    console.print(network.table(f"Linear layers on {name}", HEADS, map(cells, results)))
+    network.write_json(output, device, results, limits=asdict(limits))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from benchmarks import network
 
 RUNS = 3  # of the warm ones; the median counts
 NO_DRIVER_CACHE = {"__GL_SHADER_DISK_CACHE": "0", "MESA_SHADER_CACHE_DISABLE": "true"}
@@ -79,8 +80,8 @@ def measure(path: Path, device: str | None) -> dict[str, dict[str, Any]]:
 
 def main(
     model: Annotated[Path, typer.Argument(metavar="MODEL.PTE")],
-    device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    device: network.DeviceOption = None,
+    output: network.JsonOption = None,
     once: Annotated[bool | None, typer.Option("--once/--once-unopened", hidden=True)] = None,
 ) -> None:
     """Measure how a program loads."""
@@ -88,11 +89,9 @@ def main(
         print(json.dumps(load_once(str(model), device, once)))
         return
     found = measure(model, device)
-    table = Table(title=f"Loading {model.name} on {found['cold']['device']}")
-    for column in ("", "device ms", "load ms", "need MB", "taken MB", "more", "blocks"):
-        table.add_column(column, justify="right" if column else "left")
-    for label, facts in found.items():
-        table.add_row(
+    heads = ("", "device ms", "load ms", "need MB", "taken MB", "more", "blocks")
+    rows = (
+        (
             label,
             f"{facts['open'] * 1e3:.0f}" if "open" in label else "in load",
             f"{facts['load'] * 1e3:.0f}",
@@ -101,7 +100,9 @@ def main(
             f"{facts['taken'] / max(facts['need'], 1) - 1:.1%}",
             str(facts["blocks"]),
         )
-    Console(width=120).print(table)
+        for label, facts in found.items()
+    )
+    Console(width=120).print(network.table(f"Loading {model.name} on {found['cold']['device']}", heads, rows))
     if output is not None:
         output.write_text(json.dumps(found, indent=1))
 

@@ -12,48 +12,39 @@ variants are timed before (TORCHVK_TUNE=0 leaves them as the rules say), but not
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
-import torchvk
-from benchmarks.hollow import fill, hollow
+from benchmarks import network
+from benchmarks.network import Peer, Times, microseconds
 
 SCHEMES = {"fp32": ("fp32", False), "fp16": ("fp32", True), "8da4w": ("8da4w", False), "8da4w/16": ("8da4w", True)}
+ALL = ",".join(SCHEMES)
 TOKENS = 128
-WARM_SECONDS = 1.0
 # Multiply-adds of a token: 4 projections, 2 of the inner layer, and 2 products with each of the other tokens.
 FLOPS = 2 * 6 * (4 * 384 * 384 + 2 * 384 * 1536 + 2 * 384 * TOKENS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of a call on the device (median, and largest less smallest), of a call from Python, and of loading."""
+    """cold, warm: seconds of loading, 0 if they were not taken. flops: of a call."""
 
     scheme: str
     batch: int
-    seconds: float
-    spread: float
-    call: float
-    dispatches: int
-    barriers: int
+    times: Times
     flops: int
-    peer: str
-    peer_seconds: float
+    peer: Peer
     cold: float
     warm: float
 
@@ -101,156 +92,65 @@ def loaded(path: Path, cache: str, device: str | None) -> float:
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
-def row_of(
-    scheme: str,
-    batch: int,
-    path: Path,
-    device: str | None,
-    peer: tuple[str, float],
-    *,
-    loads: bool,
-    profile: Console | None,
-) -> Row:
-    inputs = inputs_of(batch)
-    with torchvk.load(path, device=device) as program:
-        until = time.perf_counter() + WARM_SECONDS
-        while time.perf_counter() < until:
-            program(*inputs)
-        measured = program.measure(*inputs, repeats=50)
-        times = []
-        for _ in range(20):
-            begin = time.perf_counter()
-            program(*inputs)
-            times.append(time.perf_counter() - begin)
-        if profile is not None:
-            profile.print(kernels_of(program, inputs, f"{scheme}, batch {batch}: one dispatch at a time"))
-    cold = warm = 0.0
-    if loads:
-        with tempfile.TemporaryDirectory() as cache:
-            cold, warm = loaded(path, cache, device), loaded(path, cache, device)
-    return Row(
-        scheme,
-        batch,
-        measured.median,
-        max(measured.seconds) - min(measured.seconds),
-        float(np.median(times)),
-        measured.dispatches,
-        measured.barriers,
-        FLOPS * batch * TOKENS,
-        *peer,
-        cold,
-        warm,
-    )
+HEADS = ("scheme", "batch", "device", "spread", "TFLOP/s", "PyTorch", "ratio", "call")
+MORE_HEADS = ("dispatches", "barriers", "cold load", "warm load")
 
 
-def kernels_of(program: Any, inputs: Any, title: str) -> Table:
-    """Where the time goes, by kernel."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    runs = [program.profile(*inputs) for _ in range(5)]
-    for records in zip(*(run.records for run in runs), strict=True):
-        entry = sums.setdefault((records[0].operator, records[0].kernel), [0, 0.0, 0.0])
-        entry[0] += 1
-        entry[1] += float(np.median([record.seconds for record in records]))
-        entry[2] += records[0].flops
-    table = Table(title=title)
-    for column in ("operator", "kernel", "dispatches", "µs", "µs each", "TFLOP/s"):
-        table.add_column(column, justify="left" if column in ("operator", "kernel") else "right")
-    for (operator, kernel), (count, seconds, flops) in sorted(sums.items(), key=lambda item: -item[1][1]):
-        rate = flops / seconds / 1e12 if seconds else 0
-        table.add_row(
-            operator, kernel, f"{count:.0f}", f"{seconds * 1e6:.1f}", f"{seconds / count * 1e6:.1f}", f"{rate:.1f}"
-        )
-    return table
-
-
-def table_of(rows: list[Row], title: str) -> Table:
-    table = Table(title=title)
-    for column in (
-        "scheme",
-        "batch",
-        "device",
-        "spread",
-        "TFLOP/s",
-        "PyTorch",
-        "ratio",
-        "call",
-        "dispatches",
-        "barriers",
-        "cold load",
-        "warm load",
-    ):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
-    for row in rows:
-        table.add_row(
-            row.scheme,
-            str(row.batch),
-            f"{row.seconds * 1e6:.0f} µs",
-            f"{row.spread * 1e6:.0f} µs",
-            f"{row.flops / row.seconds / 1e12:.1f}",
-            f"{row.peer_seconds * 1e6:.0f} µs" if row.peer else "",
-            f"{row.seconds / row.peer_seconds:.2f}" if row.peer else "",
-            f"{row.call * 1e6:.0f} µs",
-            str(row.dispatches),
-            str(row.barriers),
-            f"{row.cold:.2f} s" if row.cold else "",
-            f"{row.warm:.2f} s" if row.warm else "",
-        )
-    return table
-
-
-def models(
-    schemes: list[str], batches: list[int], folder: Path | None, scratch: Path
-) -> Iterator[tuple[str, int, Path]]:
-    """(scheme, batch, path of its .pte)."""
-    for scheme in schemes:
-        for batch in batches:
-            name = f"minilm-{scheme.replace('/', '-')}-{batch}"
-            path = scratch / f"{name}.pte"
-            path.write_bytes(lowered(scheme, batch) if folder is None else fill(folder / f"{name}.hollow"))
-            yield scheme, batch, path
+def cells(row: Row) -> list[str]:
+    times, peer = row.times, row.peer
+    return [
+        row.scheme,
+        str(row.batch),
+        microseconds(times.seconds),
+        microseconds(times.spread),
+        f"{row.flops / times.seconds / 1e12:.1f}",
+        microseconds(peer.peer_seconds) if peer.peer else "",
+        f"{times.seconds / peer.peer_seconds:.2f}" if peer.peer else "",
+        microseconds(times.call),
+        str(times.dispatches),
+        str(times.barriers),
+        f"{row.cold:.2f} s" if row.cold else "",
+        f"{row.warm:.2f} s" if row.warm else "",
+    ]
 
 
 def main(
-    device: Annotated[str | None, typer.Option(help="Vulkan device: index or part of its name.")] = None,
-    schemes: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SCHEMES),
-    batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,32",
-    save: Annotated[Path | None, typer.Option(help="Write hollow models to this folder, and do nothing else.")] = None,
-    files: Annotated[Path | None, typer.Option(help="Take hollow models from this folder.")] = None,
-    torch: Annotated[bool, typer.Option(help="Time PyTorch beside.")] = True,
+    device: network.DeviceOption = None,
+    schemes: network.ListOption = ALL,
+    batches: network.ListOption = "1,32",
+    save: network.SaveOption = None,
+    files: network.FilesOption = None,
+    torch: network.TorchOption = True,
     loads: Annotated[bool, typer.Option(help="Time loading.")] = True,
-    profile: Annotated[bool, typer.Option(help="Print the time of each kernel.")] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    profile: network.ProfileOption = False,
+    output: network.JsonOption = None,
 ) -> None:
     """Time MiniLM on the device."""
     warnings.filterwarnings("ignore")
     console = Console(width=140)
     sizes = [int(batch) for batch in batches.split(",")]
-    if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
-        for scheme in schemes.split(","):
-            for batch in sizes:
-                hollow(lowered(scheme, batch), save / f"minilm-{scheme.replace('/', '-')}-{batch}.hollow")
-        return
-    peers: dict[int, tuple[str, float]] = dict.fromkeys(sizes, ("", 0.0))
-    if torch:
+    peers = dict.fromkeys(sizes, Peer())
+    if torch and save is None:
         from benchmarks import bert
 
-        peers = {batch: bert.seconds(batch, TOKENS, inputs_of(batch)[1]) for batch in sizes}
+        peers = {batch: bert.peer(batch, TOKENS, inputs_of(batch)[1]) for batch in sizes}
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for scheme, batch, path in models(schemes.split(","), sizes, files, Path(scratch)):
-            shown = console if profile else None
-            rows.append(row_of(scheme, batch, path, device, peers[batch], loads=loads, profile=shown))
-    from torchvk.runtime.device import open_device
-
-    info = open_device(device).info
-    name = f"{info.name} ({info.driver} {info.driver_version})"
-    beside = f"; beside: {rows[0].peer}" if rows and rows[0].peer else ""
-    console.print(table_of(rows, f"MiniLM, {TOKENS} tokens, on {name}{beside}"))
-    if output is not None:
-        facts = {"device": info.name, "driver": f"{info.driver} {info.driver_version}"}
-        date = datetime.date.today().isoformat()
-        output.write_text(json.dumps({**facts, "date": date, "rows": [asdict(row) for row in rows]}, indent=1))
+    for scheme in schemes.split(","):
+        for batch in sizes:
+            with tempfile.TemporaryDirectory() as scratch:
+                model, stem = partial(lowered, scheme, batch), f"minilm-{scheme}-{batch}"
+                path = network.files_of(stem, model, save, files, Path(scratch), console)
+                if path is None:
+                    continue
+                title = f"{scheme}, batch {batch}"
+                times = network.measured(path, device, inputs_of(batch), console if profile else None, title)
+                cache = str(Path(scratch) / "cache")
+                cold, warm = (loaded(path, cache, device) if loads else 0.0 for _ in range(2))
+                rows.append(Row(scheme, batch, times, FLOPS * batch * TOKENS, peers[batch], cold, warm))
+    if rows:
+        title = f"MiniLM, {TOKENS} tokens, on {network.device_name(device)}{rows[0].peer.beside}"
+        console.print(network.table(title, (*HEADS, *MORE_HEADS), map(cells, rows)))
+        network.write_json(output, device, rows)
 
 
 if __name__ == "__main__":
