@@ -16,12 +16,13 @@ import numpy as np
 
 from torchvk import ops
 from torchvk.graph import DType, Graph, TensorType, pack_bits
-from torchvk.ops import Capabilities, Kernels
+from torchvk.ops import Arg, Capabilities, Kernels
 from torchvk.ops.operator import Array
 from torchvk.runtime.device import Device
 from torchvk.runtime.execution import Execution
 from torchvk.runtime.memory import Allocation
-from torchvk.runtime.plan import Constant, Plan, Step, _Draft, _lay_out, _schedule
+from torchvk.runtime.plan import Draft
+from torchvk.runtime.steps import Constant, Plan
 
 ROTATED_BYTES = 400 << 20  # weights that a chain goes through before it meets the first again
 WARM_SECONDS = 1.0
@@ -160,45 +161,37 @@ def _plan(
     layer: Layer, output: TensorType, kernels: Kernels, capabilities: Capabilities, layers: int, sets: int
 ) -> tuple[Plan, list[tuple[Constant, int, Any, int]]]:
     """The chain's plan and its constants as (key, slot, layout, number of the weight set)."""
-    draft = _Draft(Graph((), (), (), ()), capabilities)
+    draft = Draft(Graph((), (), (), ()), capabilities)
     x = layer.inputs[0]
     assert x is not None
     size = max(x.nbytes, output.nbytes)
     ends = [draft.storage("input", size), draft.storage("input", size)]
     known: dict[tuple[int, str, int], int] = {}
     wanted: list[tuple[Constant, int, Any, int]] = []
+
+    def weight(arg: Arg, number: int) -> int:
+        key = (arg.index, arg.layout.name if arg.layout else "", number % sets)
+        if key not in known:
+            constant = Constant(len(wanted), arg.layout)
+            type = layer.inputs[arg.index]
+            assert type is not None
+            known[key] = draft.storage("constant", type.nbytes, len(draft.constants))
+            draft.constants.append(constant)
+            wanted.append((constant, arg.index, arg.layout, number % sets))
+        return known[key]
+
     for number in range(layers):
         scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]
-        for dispatch in kernels.dispatches:
-            buffers = []
-            for arg in dispatch.buffers:
-                if arg.role == "scratch":
-                    buffers.append(scratch[arg.index])
-                elif arg.role == "output":
-                    buffers.append(ends[(number + 1) % 2])
-                elif arg.index == 0:
-                    buffers.append(ends[number % 2])
-                else:
-                    key = (arg.index, arg.layout.name if arg.layout else "", number % sets)
-                    if key not in known:
-                        constant = Constant(len(wanted), arg.layout)
-                        type = layer.inputs[arg.index]
-                        assert type is not None
-                        known[key] = draft.storage("constant", type.nbytes, len(draft.constants))
-                        draft.constants.append(constant)
-                        wanted.append((constant, arg.index, arg.layout, number % sets))
-                    buffers.append(known[key])
-                buffers[-1] = draft.bind(arg, buffers[-1])
-            draft.steps.append(
-                Step(
-                    0,
-                    dispatch,
-                    tuple(buffers),
-                    tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read),
-                    tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write),
-                )
-            )
-    plan = _lay_out(draft, _schedule(draft.steps, draft.storages), tuple(ends), ())
+
+        def storage_of(arg: Arg, number: int = number, scratch: list[int] = scratch) -> int:
+            if arg.role == "scratch":
+                return scratch[arg.index]
+            if arg.role == "output" or arg.index == 0:
+                return ends[(number + (arg.role == "output")) % 2]
+            return weight(arg, number)
+
+        draft.steps += [draft.step(0, dispatch, storage_of) for dispatch in kernels.dispatches]
+    plan = draft.plan(draft.steps, tuple(ends), ())
     # The two ends are buffers like inputs, of no tensor.
     return replace(plan, inputs=()), wanted
 

@@ -11,7 +11,7 @@ from torchvk.ops import Capabilities, Dispatch
 from torchvk.ops.operator import Arg
 from torchvk.runtime.device import Device
 from torchvk.runtime.execution import Execution
-from torchvk.runtime.plan import Plan, Step, Storage
+from torchvk.runtime.steps import Plan, Step, Storage
 
 CHAINS = 16  # independent accumulators of an invocation, as shaders/peak.slang has them
 EMPTY = Graph((), (), (), ())

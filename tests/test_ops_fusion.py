@@ -12,7 +12,7 @@ from variants import DEVICES
 
 from torchvk.graph import DType, Graph, TensorType
 from torchvk.graph.build import GraphBuilder
-from torchvk.runtime import plan as plans
+from torchvk.runtime import order
 from torchvk.runtime.hazards import hazards
 from torchvk.runtime.plan import make_plan
 
@@ -63,7 +63,7 @@ def test_the_same_bits(
     x = (3 * rng.standard_normal((rows, width)) + 1).astype(dtype)
     x[rows // 2, width // 3] = np.inf if rows == 7 else 100
     fused = run_graph(graph, [x])
-    monkeypatch.setattr(plans, "fuse", lambda producer, consumer: None)
+    monkeypatch.setattr(order, "fuse", lambda producer, consumer: None)
     for a, b in zip(fused, run_graph(graph, [x]), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -18,8 +18,10 @@ from torchvk.graph.build import GraphBuilder
 from torchvk.ops import Capabilities, Dispatch, Kernels, Layout, Operator
 from torchvk.ops import operator as registry
 from torchvk.ops.operator import Arg, read, scratch_read, scratch_write, write
+from torchvk.runtime.arena import place
 from torchvk.runtime.hazards import hazards
-from torchvk.runtime.plan import ALIGNMENT, Plan, Step, make_plan, place
+from torchvk.runtime.plan import make_plan
+from torchvk.runtime.steps import ALIGNMENT, Plan, Step
 
 DEVICE = Capabilities(
     tier=1,

@@ -17,7 +17,7 @@ from torchvk.ops import operator as registry
 from torchvk.runtime import Session, upload
 from torchvk.runtime.device import Device
 from torchvk.runtime.memory import GRANULE
-from torchvk.runtime.plan import Constant
+from torchvk.runtime.steps import Constant
 from torchvk.runtime.upload import upload_constants
 
 Array = np.ndarray[Any, Any]

@@ -15,7 +15,7 @@ from torchvk.runtime import vulkan as vk
 from torchvk.runtime.device import Device
 from torchvk.runtime.memory import Allocation, Use
 from torchvk.runtime.pipeline import PipelineKey
-from torchvk.runtime.plan import PADDING, TEXEL, Constant, Kind, Plan, Step, Storage
+from torchvk.runtime.steps import PADDING, TEXEL, Constant, Kind, Plan, Step, Storage
 
 Array = np.ndarray[Any, Any]
 

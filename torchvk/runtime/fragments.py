@@ -14,7 +14,7 @@ from torchvk.ops import Dispatch
 from torchvk.ops.fragments import Fragment
 from torchvk.ops.operator import read, write
 from torchvk.runtime.execution import Execution
-from torchvk.runtime.plan import ALIGNMENT, PADDING, Plan, Step, Storage
+from torchvk.runtime.steps import ALIGNMENT, PADDING, Plan, Step, Storage
 
 if TYPE_CHECKING:
     from torchvk.runtime.device import Device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchvk.runtime.plan import Kind, Plan, Storage, covered
+from torchvk.runtime.steps import Kind, Plan, Storage, covered
 
 
 def hazards(plan: Plan) -> list[str]:

@@ -1,93 +1,35 @@
-"""Graph + Capabilities → Plan: which dispatches run, in which order, on which bytes. Pure Python, no Vulkan.
-
-The steps of a plan stand in stages. Steps of one stage do not depend on each other and may overlap; a barrier
-stands between stages, so that there is one only where something depends on something.
-"""
+"""Graph + Capabilities → Plan: which dispatches run, in which order, on which bytes. Pure Python, no Vulkan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
 
 from torchvk.errors import TorchVkError, UnsupportedError
 from torchvk.graph import Graph, Node, TensorType
 from torchvk.ops import Arg, Capabilities, Dispatch, Kernels, Layout, choose_kernels, get
-from torchvk.ops.fusion import fuse
-from torchvk.ops.operator import PART_ALIGNMENT
+from torchvk.runtime.arena import lay_out
+from torchvk.runtime.order import fused, live, stages_of
+from torchvk.runtime.steps import (
+    ALIGNMENT,
+    PADDING,
+    TEXEL,
+    Constant,
+    Kind,
+    Plan,
+    Step,
+    Storage,
+    bytes_of_whole,
+    covered,
+)
 
-ALIGNMENT = PART_ALIGNMENT
-PADDING = 16  # kernels may read whole uint4 words
 MAX_PUSH = 128  # what Vulkan promises
-TEXEL = 16  # bytes of a uint4
 NOTHING_TUNED: Mapping[str, str] = MappingProxyType({})
-
-Kind = Literal["input", "output", "constant", "arena"]
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """Bytes that kernels see. ``nbytes`` is padded to PADDING (0 stays 0).
-
-    ``offset`` counts from the start of the kind's buffer; for a constant it is its position in Plan.constants.
-    ``whole``: of a part, the storage that it is a part of (``offset`` counts from there until memory is laid out, and
-    for constants always).
-    """
-
-    kind: Kind
-    nbytes: int
-    offset: int = 0
-    whole: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A constant tensor as kernels want it: its raw bytes, or rearranged by a layout. Equal data are one."""
-
-    tensor: int
-    layout: Layout | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A dispatch, or (``dispatch`` None) a copy of all bytes of buffers[0] to buffers[1].
-
-    ``buffers`` are positions in Plan.storages, in binding order; ``writes`` says which of them are written and
-    ``reads`` which are read. ``node`` is a position in Graph.nodes, or None for a copy.
-    """
-
-    node: int | None
-    dispatch: Dispatch | None
-    buffers: tuple[int, ...]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the runtime records. ``inputs`` and ``outputs`` give the storage of each graph input and output."""
-
-    storages: tuple[Storage, ...]
-    stages: tuple[tuple[Step, ...], ...]
-    constants: tuple[Constant, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    input_bytes: int
-    output_bytes: int
-    arena_bytes: int
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return tuple(step for stage in self.stages for step in stage)
-
-    @property
-    def barriers(self) -> int:
-        return max(len(self.stages) - 1, 0)
 
 
 @dataclass
-class _Draft:
+class Draft:
     """Storages and steps while they are collected."""
 
     graph: Graph
@@ -146,8 +88,21 @@ class _Draft:
             self.chosen[key] = choose_kernels(node.op, attributes, inputs, outputs, self.capabilities, self.tuned)
         return self.chosen[key]
 
+    def step(
+        self, node: int, dispatch: Dispatch, storage_of: Callable[[Arg], int], waits: tuple[int, ...] = ()
+    ) -> Step:
+        """The dispatch on the storages of its arguments. ``waits``: what it is to wait for, too, as if it read that."""
+        buffers = tuple(self.bind(arg, storage_of(arg)) for arg in dispatch.buffers)
+        reads = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read)
+        writes = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write)
+        return Step(node, dispatch, buffers, (*reads, *waits), writes)
+
     def copy(self, source: int, target: int) -> None:
         self.steps.append(Step(None, None, (source, target), (source,), (target,)))
+
+    def plan(self, steps: Sequence[Step], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Plan:
+        """The steps in stages, and where all bytes lie."""
+        return lay_out(self.storages, self.constants, stages_of(steps, self.storages), inputs, outputs)
 
 
 def make_plan(
@@ -164,18 +119,17 @@ def make_plan(
     With ``stage_inputs`` (``stage_outputs``) kernels do not touch the input (output) storages, which only the host
     side of a copy uses. Raises UnsupportedError, naming the node, where a limit of the device is passed.
     """
-    draft = _Draft(graph, capabilities, tuned)
+    draft = Draft(graph, capabilities, tuned)
     inputs = _add_inputs(draft, stage_inputs)
     for position in range(len(graph.nodes)):
         _add_node(draft, position)
     outputs = _add_outputs(draft, stage_outputs)
-    steps = _fused(_live(draft.steps, draft.storages), draft.storages)
+    steps = fused(live(draft.steps, draft.storages), draft.storages)
     _check_written(draft, steps)
-    stages = _schedule(steps, draft.storages)
-    return _lay_out(draft, stages, inputs, outputs)
+    return draft.plan(steps, inputs, outputs)
 
 
-def _add_inputs(draft: _Draft, staged: bool) -> tuple[int, ...]:
+def _add_inputs(draft: Draft, staged: bool) -> tuple[int, ...]:
     result = []
     for tensor in draft.graph.inputs:
         declared = draft.graph.tensors[tensor]
@@ -192,7 +146,7 @@ def _add_inputs(draft: _Draft, staged: bool) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _add_node(draft: _Draft, position: int) -> None:
+def _add_node(draft: Draft, position: int) -> None:
     graph, node = draft.graph, draft.graph.nodes[position]
     where = f"node {position} ({node.op!r}{' from ' + node.source if node.source else ''})"
     operator = get(node.op)
@@ -223,59 +177,54 @@ def _add_node(draft: _Draft, position: int) -> None:
         _add_dispatch(draft, position, dispatch, scratch, writers)
 
 
-def _add_dispatch(draft: _Draft, position: int, dispatch: Dispatch, scratch: list[int], writers: list[int]) -> None:
+def _add_dispatch(draft: Draft, position: int, dispatch: Dispatch, scratch: list[int], writers: list[int]) -> None:
     node = draft.graph.nodes[position]
-    buffers = []
-    for arg in dispatch.buffers:
+
+    def storage_of(arg: Arg) -> int:
         if arg.role == "scratch":
-            buffers.append(scratch[arg.index])
-        elif arg.role == "output":
-            buffers.append(draft.tensors[node.outputs[arg.index]])
-        else:
-            tensor = node.inputs[arg.index]
-            if tensor is None:
-                raise TorchVkError(f"node {position} ({node.op!r}) binds its absent input {arg.index}")
-            buffers.append(draft.of(tensor, arg.layout))
-        buffers[-1] = draft.bind(arg, buffers[-1])
-    for arg, b in zip(dispatch.buffers, buffers, strict=True):
+            return scratch[arg.index]
+        if arg.role == "output":
+            return draft.tensors[node.outputs[arg.index]]
+        tensor = node.inputs[arg.index]
+        if tensor is None:
+            raise TorchVkError(f"node {position} ({node.op!r}) binds its absent input {arg.index}")
+        return draft.of(tensor, arg.layout)
+
+    step = draft.step(position, dispatch, storage_of)
+    for arg, b in zip(dispatch.buffers, step.buffers, strict=True):
         if arg.texels and draft.storages[b].nbytes // TEXEL > draft.capabilities.max_texels:
             raise UnsupportedError(
                 f"node {position} ({node.op!r}): kernel {dispatch.kernel!r} reads {draft.storages[b].nbytes:,} bytes "
                 f"as texels; this device binds at most {draft.capabilities.max_texels * TEXEL:,} at once"
             )
-    written = [(i, arg) for i, arg in enumerate(dispatch.buffers) if arg.write]
     if all(
         arg.role == "input" or (arg.role == "scratch" and writers[arg.index] == 1 and arg.read != arg.write)
         for arg in dispatch.buffers
-    ) and not any(arg.part for _, arg in written):
-        key = (
-            dispatch.kernel,
-            # 1 == 1.0 in Python, but they specialize differently.
-            tuple((type(value), value) for value in dispatch.constants),
-            dispatch.push,
-            dispatch.groups,
-            tuple(
-                ("write", draft.storages[b].nbytes) if arg.write else b
-                for arg, b in zip(dispatch.buffers, buffers, strict=True)
-            ),
-        )
+    ) and not any(arg.part for arg in dispatch.buffers if arg.write):
+        key = _computation(draft, step, dispatch)
         if key in draft.computed:
-            for (_, arg), known in zip(written, draft.computed[key], strict=True):
+            written = (arg for arg in dispatch.buffers if arg.write)
+            for arg, known in zip(written, draft.computed[key], strict=True):
                 scratch[arg.index] = known
             return
-        draft.computed[key] = tuple(buffers[i] for i, _ in written)
-    draft.steps.append(
-        Step(
-            position,
-            dispatch,
-            tuple(buffers),
-            reads=tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read),
-            writes=tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write),
-        )
+        draft.computed[key] = step.writes
+    draft.steps.append(step)
+
+
+def _computation(draft: Draft, step: Step, dispatch: Dispatch) -> tuple[object, ...]:
+    """Equal for dispatches that write the same numbers."""
+    buffers = zip(dispatch.buffers, step.buffers, strict=True)
+    return (
+        dispatch.kernel,
+        # 1 == 1.0 in Python, but they specialize differently.
+        tuple((type(value), value) for value in dispatch.constants),
+        dispatch.push,
+        dispatch.groups,
+        tuple(("write", draft.storages[b].nbytes) if arg.write else b for arg, b in buffers),
     )
 
 
-def _add_outputs(draft: _Draft, staged: bool) -> tuple[int, ...]:
+def _add_outputs(draft: Draft, staged: bool) -> tuple[int, ...]:
     """Give every graph output a storage of its own; where it shares one with another, copy."""
     result: list[int] = []
     for tensor in draft.graph.outputs:
@@ -293,7 +242,7 @@ def _add_outputs(draft: _Draft, staged: bool) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _check_range(draft: _Draft, nbytes: int, what: str) -> None:
+def _check_range(draft: Draft, nbytes: int, what: str) -> None:
     limit = draft.capabilities.max_storage_range
     if nbytes > limit:
         raise UnsupportedError(f"{what} has {nbytes:,} bytes; this device binds at most {limit:,} at once")
@@ -315,71 +264,7 @@ def _check_dispatch(dispatch: Dispatch, capabilities: Capabilities, where: str) 
             raise TorchVkError(f"{where}: kernel {dispatch.kernel!r} writes a buffer of texels")
 
 
-def _live(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:
-    """The steps that an output depends on."""
-    meeting = _meeting(storages)
-    needed = {index for index, storage in enumerate(storages) if storage.kind == "output"}
-    kept = []
-    for step in reversed(steps):
-        if any(not needed.isdisjoint(meeting[b]) for b in step.writes):
-            needed.update(step.reads)
-            kept.append(step)
-    return kept[::-1]
-
-
-def _meeting(storages: Sequence[Storage]) -> list[tuple[int, ...]]:
-    """By storage, those that share bytes with it: itself and, where there are parts, its whole and other parts."""
-    families: dict[int, list[int]] = {}
-    for index, storage in enumerate(storages):
-        if storage.whole is not None:
-            families.setdefault(storage.whole, [storage.whole]).append(index)
-    meeting: list[tuple[int, ...]] = [(index,) for index in range(len(storages))]
-    for family in families.values():
-        for index in family:
-            begin, end = _bytes_of_whole(storages, index)
-            others = [(other, *_bytes_of_whole(storages, other)) for other in family]
-            meeting[index] = tuple(
-                other for other, first, last in others if index == other or (first < end and begin < last)
-            )
-    return meeting
-
-
-def _bytes_of_whole(storages: Sequence[Storage], index: int) -> tuple[int, int]:
-    """Where a storage lies in that of which it is a part."""
-    storage = storages[index]
-    begin = 0 if storage.whole is None else storage.offset
-    return begin, begin + storage.nbytes
-
-
-def _fused(steps: Sequence[Step], storages: Sequence[Storage]) -> list[Step]:
-    """The same with fewer dispatches: where torchvk.ops.fusion makes two one, the second joins the first."""
-    meeting = _meeting(storages)
-    kept: list[Step] = []
-    writer: dict[int, int] = {}  # storage → position of the step that wrote it last
-    touched: set[int] = set()
-    for step in steps:
-        position = writer.get(step.reads[0], -1) if len(step.reads) == 1 else -1
-        first = kept[position] if position >= 0 else None
-        if (
-            first is not None
-            and first.dispatch is not None
-            and step.dispatch is not None
-            and first.writes == step.reads
-            and touched.isdisjoint(step.writes)
-            and (dispatch := fuse(first.dispatch, step.dispatch)) is not None
-        ):
-            buffers, writes = (*first.buffers, *step.writes), (*first.writes, *step.writes)
-            kept[position] = replace(first, dispatch=dispatch, buffers=buffers, writes=writes)
-        else:
-            kept.append(step)
-            position = len(kept) - 1
-        writer.update({other: -1 for b in step.writes for other in meeting[b]})
-        writer.update(dict.fromkeys(step.writes, position))
-        touched.update(other for b in step.buffers for other in meeting[b])
-    return kept
-
-
-def _check_written(draft: _Draft, steps: Sequence[Step]) -> None:
+def _check_written(draft: Draft, steps: Sequence[Step]) -> None:
     """Every output that has bytes is written, and nothing is read that was not."""
     storages = draft.storages
     written: dict[int, list[tuple[int, int]]] = {}  # by whole storages
@@ -388,7 +273,7 @@ def _check_written(draft: _Draft, steps: Sequence[Step]) -> None:
         storage = storages[index]
         if storage.kind in ("input", "constant") or storage.nbytes == 0:
             return True
-        begin, end = _bytes_of_whole(storages, index)
+        begin, end = bytes_of_whole(storages, index)
         return covered(begin, end, written.get(index if storage.whole is None else storage.whole, ()))
 
     for step in steps:
@@ -397,128 +282,7 @@ def _check_written(draft: _Draft, steps: Sequence[Step]) -> None:
             raise TorchVkError(f"{name} reads memory that nothing wrote")
         for b in step.writes:
             whole = storages[b].whole
-            written.setdefault(b if whole is None else whole, []).append(_bytes_of_whole(storages, b))
+            written.setdefault(b if whole is None else whole, []).append(bytes_of_whole(storages, b))
     for tensor in draft.graph.outputs:
         if not is_written(draft.of(tensor)):
             raise TorchVkError(f"output {draft.graph.tensors[tensor].name!r} is never written")
-
-
-def covered(begin: int, end: int, ranges: Iterable[tuple[int, int]]) -> bool:
-    """Whether the ranges, together, cover the bytes from ``begin`` to ``end``."""
-    for first, last in sorted(ranges):
-        if first > begin:
-            break
-        begin = max(begin, last)
-    return begin >= end
-
-
-def _schedule(steps: Sequence[Step], storages: Sequence[Storage]) -> list[list[Step]]:
-    """Stages: every step as early as its dependencies allow, so that there are as few barriers as can be.
-
-    A step that depends on no other runs just before it is needed instead, which keeps memory short-lived.
-    """
-    meeting = _meeting(storages)
-    level: list[int] = []
-    last_write: dict[int, int] = {}
-    last_read: dict[int, int] = {}
-    waiting: dict[int, list[int]] = {}  # storage → first-stage steps that touch it
-    for position, step in enumerate(steps):
-        after = [last_write.get(other, -1) for b in (*step.reads, *step.writes) for other in meeting[b]]
-        after += [last_read.get(other, -1) for b in step.writes for other in meeting[b]]
-        level.append(1 + max(after, default=-1))
-        for b in step.reads:
-            last_read[b] = max(last_read.get(b, -1), level[-1])
-        for b in step.writes:
-            last_write[b] = max(last_write.get(b, -1), level[-1])
-        if level[-1] == 0:
-            for b in {*step.reads, *step.writes}:
-                waiting.setdefault(b, []).append(position)
-    first_use: dict[int, int] = {}
-    for position, step in enumerate(steps):
-        if level[position] > 0:
-            conflicts = {p for b in step.writes for other in meeting[b] for p in waiting.get(other, ())}
-            conflicts |= {
-                p
-                for b in step.reads
-                for other in meeting[b]
-                for p in waiting.get(other, ())
-                if other in steps[p].writes
-            }
-            for p in conflicts:
-                first_use[p] = min(first_use.get(p, level[position]), level[position])
-    for position, use in first_use.items():
-        level[position] = use - 1
-    stages: list[list[Step]] = [[] for _ in range(max(level, default=-1) + 1)]
-    for position, step in enumerate(steps):
-        stages[level[position]].append(step)
-    return stages
-
-
-def _lay_out(
-    draft: _Draft, stages: Sequence[Sequence[Step]], inputs: tuple[int, ...], outputs: tuple[int, ...]
-) -> Plan:
-    """Offsets: inputs and outputs side by side, temporaries by lifetime in the arena."""
-    storages = list(draft.storages)
-    totals: dict[Kind, int] = {"input": 0, "output": 0}
-    outside: dict[Kind, tuple[int, ...]] = {"input": inputs, "output": outputs}
-    for kind, indices in outside.items():
-        for index in indices:
-            storages[index] = replace(storages[index], offset=totals[kind])
-            totals[kind] += _align(storages[index].nbytes)
-    begin: dict[int, int] = {}
-    end: dict[int, int] = {}
-    for number, stage in enumerate(stages):
-        for step in stage:
-            for b in step.buffers:
-                whole = storages[b].whole
-                b = b if whole is None else whole
-                if storages[b].kind == "arena":
-                    begin.setdefault(b, number)
-                    end[b] = number
-    offsets, arena = place({b: (storages[b].nbytes, begin[b], end[b]) for b in begin})
-    for index, offset in offsets.items():
-        storages[index] = replace(storages[index], offset=offset)
-    for index, storage in enumerate(storages):
-        if storage.whole is not None:
-            whole_of = storages[storage.whole]
-            offset = storage.offset if whole_of.kind == "constant" else whole_of.offset + storage.offset
-            storages[index] = replace(storage, kind=whole_of.kind, offset=offset)
-    return Plan(
-        tuple(storages),
-        tuple(map(tuple, stages)),
-        tuple(draft.constants),
-        inputs,
-        outputs,
-        totals["input"],
-        totals["output"],
-        arena,
-    )
-
-
-def _align(size: int) -> int:
-    """The next multiple of the alignment; empty tensors get an address, too."""
-    return max(-(-size // ALIGNMENT), 1) * ALIGNMENT
-
-
-def place(wanted: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
-    """Arena offsets for {id: (bytes, first stage, last stage)}, and the arena's size.
-
-    Largest first, each into the smallest gap that fits between those alive at the same time ("greedy by size",
-    Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020).
-    """
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
-    offsets: dict[int, int] = {}
-    for index, (nbytes, first, last) in sorted(wanted.items(), key=lambda item: (-item[1][0], item[0])):
-        size = _align(nbytes)
-        best, best_gap, at = None, None, 0
-        for offset, end, other_first, other_last in placed:
-            if other_first > last or other_last < first:
-                continue
-            gap = offset - at
-            if gap >= size and (best_gap is None or gap < best_gap):
-                best, best_gap = at, gap
-            at = max(at, end)
-        offsets[index] = at if best is None else best
-        placed.append((offsets[index], offsets[index] + size, first, last))
-        placed.sort()
-    return offsets, max((end for _, end, _, _ in placed), default=0)

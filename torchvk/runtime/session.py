@@ -21,8 +21,9 @@ from torchvk.runtime.device import Device, DeviceInfo, default_request, forget, 
 from torchvk.runtime.device import matmul_precision as asked_precision
 from torchvk.runtime.execution import Execution, pipeline_keys
 from torchvk.runtime.memory import Allocation, Use
-from torchvk.runtime.plan import Constant, Kind, Plan, make_plan
+from torchvk.runtime.plan import make_plan
 from torchvk.runtime.profile import ProfileRow
+from torchvk.runtime.steps import Constant, Kind, Plan
 from torchvk.runtime.tune import Tuning, tuned_variants
 from torchvk.runtime.upload import upload_constants
 

@@ -27,7 +27,8 @@ from torchvk.runtime.choices import Choice, choices_path, read_choices, write_ch
 from torchvk.runtime.device import Device
 from torchvk.runtime.execution import Execution, pipeline_keys
 from torchvk.runtime.memory import Allocation, Use
-from torchvk.runtime.plan import Constant, Kind, Plan, Step, _Draft, _lay_out, _schedule, make_plan
+from torchvk.runtime.plan import Draft, make_plan
+from torchvk.runtime.steps import Constant, Kind, Plan
 from torchvk.runtime.upload import Bytes, Source, constant_bytes, upload
 
 log = logging.getLogger("torchvk.vulkan")
@@ -350,7 +351,7 @@ def chain_of(
     constants, which are copies; other inputs are random, and constants here like the rest. ``packed``: what the
     chains of a case share."""
     node = graph.nodes[case.node]
-    draft = _Draft(EMPTY, capabilities)
+    draft = Draft(EMPTY, capabilities)
     turns = [[draft.storage("arena", type.nbytes) for type in case.outputs] for _ in range(2)]
     inputs: dict[Constant, int] = {}
     sources: dict[Constant, Source] = {}
@@ -371,22 +372,13 @@ def chain_of(
 
     for number in range(layers):
         before, outputs = turns[number % 2 - 1], turns[number % 2]
-        scratch = [draft.storage("arena", nbytes) for nbytes in kernels.scratch]
+        own = {"scratch": [draft.storage("arena", nbytes) for nbytes in kernels.scratch], "output": outputs}
+
+        def storage_of(arg: Arg, number: int = number, own: dict[str, list[int]] = own) -> int:
+            return input_storage(arg, number) if arg.role == "input" else own[arg.role][arg.index]
+
         for dispatch in kernels.dispatches:
-            buffers = tuple(
-                draft.bind(
-                    arg,
-                    scratch[arg.index]
-                    if arg.role == "scratch"
-                    else outputs[arg.index]
-                    if arg.role == "output"
-                    else input_storage(arg, number),
-                )
-                for arg in dispatch.buffers
-            )
-            reads = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.read)
-            writes = tuple(b for b, arg in zip(buffers, dispatch.buffers, strict=True) if arg.write)
             # As if the layer read what the last one wrote; really it reads the same again.
             waits = (before[0],) if number else ()
-            draft.steps.append(Step(case.node, dispatch, buffers, (*reads, *waits), writes))
-    return Chain(_lay_out(draft, _schedule(draft.steps, draft.storages), (), ()), layers, sources)
+            draft.steps.append(draft.step(case.node, dispatch, storage_of, waits))
+    return Chain(draft.plan(draft.steps, (), ()), layers, sources)

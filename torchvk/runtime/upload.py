@@ -17,7 +17,7 @@ from torchvk.graph import Graph
 from torchvk.runtime import vulkan as vk
 from torchvk.runtime.device import Device
 from torchvk.runtime.memory import Allocation, Use
-from torchvk.runtime.plan import Constant
+from torchvk.runtime.steps import Constant
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
