@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
 from torchvk.ops.codes import DTYPE
+from torchvk.ops.conv_blocked import blocked
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import LANES, MAX_ELEMENTS, Geometry, lanes_rows, takes_lanes, takes_vectors
 from torchvk.ops.linear_kernels import Product, Slots, product_kernels
@@ -178,6 +179,10 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     yield from _matrix(case, capabilities)
     if written and not few:
         yield from _columns(case, capabilities)
+    for tile in blocked(g, case.dtype, case.dtype, capabilities):
+        kernel, groups = f"conv_blocked_{case.name}_{tile.block.name}", tile.groups(capabilities)
+        dispatch = case.dispatch(kernel, tile.block.threads, groups, tile.work, more=tile.constants)
+        yield f"blocked_{tile.block.name}", Kernels((dispatch,))
     units = -(-g.y_elements // (2 if case.half else 1))
     groups = grid(units, capabilities)
     direct = case.dispatch(f"conv_direct_{case.name}", capabilities.local_size, groups, (0, 0))

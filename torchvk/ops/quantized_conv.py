@@ -22,6 +22,7 @@ import numpy as np
 
 from torchvk.graph import DType, TensorType, pack_bits
 from torchvk.ops.codes import DTYPE, INT4, units
+from torchvk.ops.conv_blocked import blocked
 from torchvk.ops.conv_kernels import Case as FloatCase
 from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_pitch, float_kernels
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
@@ -40,6 +41,7 @@ from torchvk.ops.convolution import (
 )
 from torchvk.ops.epilogue import EPILOGUES, Activation, apply_epilogue
 from torchvk.ops.operator import (
+    NOTHING,
     Arg,
     Array,
     Capabilities,
@@ -373,6 +375,14 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
         yield f"matrix_{tile.name}", Kernels((dispatch,))
     if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities):
         yield from _columns(case, rows, capabilities)
+    for name, dispatch in _blocked(case, rows, capabilities):
+        yield f"blocked_{name}", Kernels((dispatch,))
+
+
+def _blocked(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Dispatch]]:
+    for tile in blocked(case.geometry, case.x.dtype, case.y.dtype, capabilities):
+        kernel, groups = f"quantized_conv_blocked_{tile.block.name}", tile.groups(capabilities)
+        yield tile.block.name, case.dispatch(kernel, tile.block.threads, groups, tile.work, rows, more=tile.constants)
 
 
 def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
@@ -394,8 +404,14 @@ def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[
         groups = grid(work[1], capabilities, 1)
         kernel = f"quantized_conv_matrix_{tile.name}"
         dispatch = inner.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(product))
-        dispatch = replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
-        yield f"columns_{tile.name}", Kernels((columns, dispatch), (size,))
+        yield f"columns_{tile.name}", Kernels((columns, _of_columns(dispatch)), (size,))
+    if g.group_channels % 4:
+        for name, dispatch in _blocked(inner, rows, capabilities):
+            yield f"columns_blocked_{name}", Kernels((columns, _of_columns(dispatch)), (size,))
+
+
+def _of_columns(dispatch: Dispatch) -> Dispatch:
+    return replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
 
 
 def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
@@ -438,7 +454,7 @@ def _variants(
     attributes: QuantizedConvAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
 ) -> Variants:
     if outputs[0].numel == 0:
-        return (("nothing", Kernels(())),)
+        return NOTHING
     case = Case.of(attributes, inputs, outputs)
     ways: Iterator[tuple[str, Kernels]]
     if case.integer:
@@ -450,12 +466,6 @@ def _variants(
     return (*ways, ("direct", _direct(case, capabilities)))
 
 
-def _kernels(
-    attributes: QuantizedConvAttributes, inputs: Types, outputs: Sequence[TensorType], capabilities: Capabilities
-) -> Kernels:
-    return _variants(attributes, inputs, outputs, capabilities)[0][1]
-
-
 register(
     Operator(
         name="quantized_conv",
@@ -463,7 +473,6 @@ register(
         attributes=QuantizedConvAttributes,
         infer=_infer,
         reference=_reference,
-        kernels=_kernels,
         variants=_variants,
         support=_support,
         constant_inputs=frozenset({WEIGHT, SCALE, BIAS}),

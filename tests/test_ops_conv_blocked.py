@@ -1,0 +1,109 @@
+"""Convolutions by register blocks, conv and quantized_conv, as GPUs without matrix units take them by default."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import test_ops_conv
+import test_ops_quantized_conv
+from convolutions import Convolution, convolutions
+from harness import run_op, variant_names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from variants import DEVICES, GPU, assert_within, chosen_for
+
+from torchvk.graph import DType
+from torchvk.ops.conv_blocked import FLOAT, INTEGER, blocked
+from torchvk.ops.convolution import Geometry
+
+# "together" and "pairs": groups share tiles; "taps": words of one step lie under several.
+CASES = {
+    "together": Convolution(2, (7, 6), (3, 3), (2, 1), (1, 1), (1, 2), 8, 4, 4),
+    "pairs": Convolution(1, (5, 6), (3, 3), (1, 1), (0, 1), (1, 1), 4, 16, 20),
+    "taps": Convolution(1, (9, 7), (3, 2), (2, 2), (1, 0), (1, 1), 3, 12, 5),
+    "whole steps": Convolution(1, (7, 6), (3, 3), (1, 1), (2, 1), (2, 1), 1, 32, 35),
+    "volumes": Convolution(1, (3, 4, 5), (3, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1), 2, 8, 8),
+    "transposed": Convolution(1, (4, 5), (4, 4), (2, 2), (1, 1), (1, 1), 2, 8, 12, True, (0, 1)),
+    "columns": Convolution(1, (9, 9), (5, 5), (2, 2), (2, 2), (1, 1), 1, 3, 20),
+}
+
+
+def run_integer(operands: test_ops_quantized_conv.Operands, tiles: slice = slice(1)) -> list[str]:
+    """Holds kernels of some tiles to the exact result; which there were."""
+    a, inputs = operands.attributes, operands.operands
+    with chosen_for("quantized_conv", kind="discrete", cooperative_matrices=()):
+        names = [name for name in variant_names("quantized_conv", a, inputs, **operands.options) if "blocked" in name]
+        for name in names[tiles]:
+            operands.check(run_op("quantized_conv", a, inputs, variant=name, **operands.options)[0])
+    return [name.split("_")[-1] for name in names[tiles]]
+
+
+def run_floats(operands: test_ops_conv.Operands, tiles: slice = slice(1)) -> list[str]:
+    a, inputs = operands.attributes, operands.operands
+    with chosen_for("conv", kind="discrete", cooperative_matrices=()):
+        names = [name for name in variant_names("conv", a, inputs, constants=(1,)) if "blocked" in name]
+        for name in names[tiles]:
+            (got,) = run_op("conv", a, inputs, constants=(1,), variant=name)
+            assert_within(got, operands.exact, operands.bound, operands.dtype)
+    return [name.split("_")[-1] for name in names[tiles]]
+
+
+@pytest.mark.tier
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name: str) -> None:
+    case, turn = CASES[name], list(CASES).index(name) % 2
+    bytes_out = "uint8" if case.outputs % 4 == 0 else None
+    scheme = [("int8", "static", 4, bytes_out), ("uint8", "dynamic", 8, None)][turn]
+    assert run_integer(test_ops_quantized_conv.Operands(case, *scheme, epilogue="relu"))
+    if name != "columns":
+        dtype = "float16" if case.outputs % 4 == 0 and turn else "float32"
+        assert run_floats(test_ops_conv.Operands(case, dtype, True, True, "relu"))
+
+
+def test_every_tile() -> None:
+    case = replace(CASES["together"], size=(25, 13))
+    seen = {*run_integer(test_ops_quantized_conv.Operands(case), slice(None))}
+    seen |= {*run_integer(test_ops_quantized_conv.Operands(replace(case, outputs=8)), slice(None))}
+    assert seen == {block.name for block in INTEGER}
+    for dtype in ("float32", "float16"):
+        case = Convolution(1, (13, 13), (2, 2), (1, 1), (0, 1), (1, 1), 2, 8, 64)
+        operands = test_ops_conv.Operands(case, dtype, True, False, "none")
+        assert {*run_floats(operands, slice(None))} == {block.name for block in FLOAT}
+
+
+@pytest.mark.hypothesis
+@given(convolutions(max_channels=5), st.sampled_from((4, 8)), st.sampled_from(("int8", "float32")), st.integers(0, 99))
+@settings(max_examples=6, deadline=None)
+def test_any_convolution(case: Convolution, bits: int, dtype: str, seed: int) -> None:
+    case = replace(case, channels=4 * case.channels)
+    if dtype == "int8":
+        run_integer(test_ops_quantized_conv.Operands(case, bits=bits, output=None, seed=seed))
+    else:
+        run_floats(test_ops_conv.Operands(case, dtype, False, False, "none", seed))
+
+
+def geometry(size: int, channels: int, outputs: int, groups: int) -> Geometry:
+    one, ones = (1, size, size), (1, 1, 1)
+    return Geometry(1, one, one, (1, 3, 3), ones, (0, 1, 1), ones, ones, groups, channels, outputs, groups == channels)
+
+
+def test_choice() -> None:
+    def names(g: Geometry, x: DType, y: DType = DType.FLOAT32, device: str = "gpu_0") -> list[tuple[str, int]]:
+        return [(each.block.name, each.together) for each in blocked(g, x, y, DEVICES[device])]
+
+    assert names(geometry(56, 64, 64, 1), DType.INT8)[0] == ("32x32", 1)
+    assert names(geometry(112, 64, 64, 1), DType.INT8)[0] == ("128x64", 1)
+    # Tiles of 8 groups of 4 channels have 32 channels of y, or 8 of floating point, which has groups in pairs.
+    assert names(geometry(112, 128, 128, 32), DType.INT8)[0] == ("128x32", 8)
+    assert names(geometry(112, 128, 128, 32), DType.FLOAT32)[0] == ("128x32", 2)
+    assert names(geometry(56, 64, 512, 16), DType.INT8)[0] == ("128x32", 1)  # 8 groups have 256 channels of y
+    assert names(geometry(56, 128, 128, 128), DType.INT8) == []
+    assert names(geometry(9, 6, 8, 1), DType.INT8) == names(geometry(9, 8, 6, 1), DType.INT8, DType.INT8) == []
+    assert names(geometry(112, 64, 64, 1), DType.INT8, device="cpu_0") == []
+    smallest = names(geometry(112, 64, 64, 1), DType.INT8, device="smallest")
+    assert smallest
+    assert "128x64" not in dict(smallest)
+    assert GPU.shared_memory >= max(
+        each.block.shared for each in blocked(geometry(112, 64, 64, 1), DType.INT8, DType.INT8, GPU)
+    )
