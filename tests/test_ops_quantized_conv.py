@@ -67,10 +67,12 @@ class Operands:
         else:
             factors = channels.reshape(-1, *(1,) * (case.rank + 1))
         y = self.convolve(case, real, weight * factors)
-        self.bound = 6 * EPSILON * np.abs(y)
+        size = self.convolve(case, np.abs(real), np.abs(weight * factors))
+        k = case.channels * int(np.prod(case.kernel))
+        # The last is what float64 leaves of sums that are 0.
+        self.bound = 6 * EPSILON * np.abs(y) + (k + 2) * 2.0**-52 * size
         if activation == "none":
-            size = self.convolve(case, np.abs(real), np.abs(weight * factors))
-            self.bound = (case.channels * int(np.prod(case.kernel)) + 3) * EPSILON * size
+            self.bound = (k + 3) * EPSILON * size
             if x_dtype == "float16":  # the weight may be made float16
                 self.bound = self.bound + HALF_EPSILON * size
         if b is not None:
