@@ -193,7 +193,8 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
 class Packing:
     """The weight as kernels read it: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the last
     dimension padded with zeros to a multiple of ``align`` elements. ``flat``: rows [O, taps · C / groups]. ``dense``:
-    as it is, for those that read single elements. 4 bits stay 4: see quantized_convolution.slang."""
+    as it is, for those that read single elements. ``lanes``: in the order of conv_lanes.slang, whose lanes load eight
+    elements of x each. 4 bits stay 4: see quantized_convolution.slang."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -201,6 +202,7 @@ class Packing:
     align: int = 4
     flat: bool = False
     dense: bool = False
+    lanes: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -222,13 +224,15 @@ class Packing:
         if self.dense:
             whole = self.dtype is DType.INT8 or self.shape[-1] % 2 == 0
             return None if whole else Layout("conv_weight_dense", lambda weight: pack_bits(weight.reshape(-1), 4))
-        if self.dtype is DType.INT8 and self.columns == self.rows[-1]:
+        if self.dtype is DType.INT8 and self.columns == self.rows[-1] and not self.lanes:
             return None
-        return Layout(f"conv_weight_{self.dtype.value}_{self.columns}_{self.flat}", self.pack)
+        return Layout(f"conv_weight_{self.dtype.value}_{self.columns}_{self.flat}_{self.lanes}", self.pack)
 
     def pack(self, weight: Array) -> Array:
         packed = np.zeros((*self.rows[:-1], self.columns), np.int8)
         packed[..., : self.rows[-1]] = weight.reshape(self.rows)
+        if self.lanes:
+            packed = np.ascontiguousarray(packed.reshape(-1, LANES, 2, 4).swapaxes(1, 2)).reshape(packed.shape)
         if self.dtype is DType.INT8:
             return packed
         whole = np.zeros(2 * self.nbytes, np.int8)
@@ -363,10 +367,13 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
         groups = grid(work[1], capabilities)
         yield "depthwise", Kernels((case.dispatch(kernel, capabilities.local_size, groups, work, rows, texels),))
     if texels and capabilities.shuffle and takes_lanes(g, case.y.dtype):
-        tile_m, odd = lanes_rows(g)
+        tile_m, suffix = lanes_rows(g)
         work = g.tiles(tile_m, 4 * LANES)
         groups = grid(work[1], capabilities, 1)
-        yield "lanes", Kernels((case.dispatch(f"quantized_conv_lanes{odd}", LANES, groups, work, rows, texels),))
+        wide = g.group_channels % 8 == 0
+        own = replace(rows, align=8 * LANES, lanes=True) if wide else rows
+        kernel = f"quantized_conv_lanes{'_wide' if wide else suffix}"
+        yield "lanes", Kernels((case.dispatch(kernel, LANES, groups, work, own, texels),))
     for tile in matrix_tiles(g, True, capabilities):
         work = g.tiles(tile.m, tile.n)
         groups = grid(work[1], capabilities, 1)
