@@ -63,6 +63,36 @@ def small_network() -> nn.Module:
     )
 
 
+class AffineWeight(nn.Module):
+    """A convolution whose weight has zero points per channel."""
+
+    def __init__(self, low: int, high: int, dtype: torch.dtype, zeros: list[int]) -> None:
+        super().__init__()
+        self.limits = low, high
+        self.register_buffer("weight", torch.randint(low, high + 1, (4, 6, 3, 3), dtype=dtype))
+        self.register_buffer("scale", torch.rand(4) + 0.5)
+        self.register_buffer("zeros", torch.tensor(zeros))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = torch.ops.quantized_decomposed.dequantize_per_channel(
+            self.weight, self.scale, self.zeros, 0, *self.limits, self.weight.dtype
+        )
+        return nn.functional.conv2d(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "operator"),
+    [
+        (AffineWeight(-8, 7, torch.int8, [-8, 3, 0, 7]), "quantized_conv"),
+        (AffineWeight(1, 255, torch.uint8, [128] * 4), "quantized_conv"),
+        (AffineWeight(-128, 127, torch.int8, [-100, 3, 0, 7]), "conv"),  # 9 bits
+    ],
+)
+def test_zero_points_of_weights(module: nn.Module, operator: str) -> None:
+    counts = assert_same(module, (torch.randn(1, 6, 5, 4),)).operators()
+    assert counts[operator] == 1
+
+
 @pytest.mark.parametrize("config", [{}, {"weight_bits": 4}, {"is_static": True}, {"is_dynamic": True}])
 def test_quantized(config: dict[str, object]) -> None:
     torch.manual_seed(0)

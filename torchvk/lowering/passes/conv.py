@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from torchvk.lowering.draft import Array, Call, Draft, Value, constant
-from torchvk.lowering.passes.qdq import channel_scales, constant_weight, static_input, weight_constant
+from torchvk.lowering.passes.qdq import centered, channel_scales, constant_weight, static_input, weight_constant
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
 
 
@@ -44,8 +44,11 @@ def _quantized(rewriter: Rewriter, call: Call, made: Call) -> Value | None:
         matrix = rewriter.op("dequantize", *parts, like=made, attributes=made.attributes)
         return rewriter.op("linear", x, matrix, bias, residual, like=call, attributes={"epilogue": epilogue})
     found = constant_weight(rewriter, weight)
-    scale = None if found is None else channel_scales(found, 0, call.outputs[0].shape[-1])
-    if found is None or scale is None or x is None or (bias is not None and not bias.constant):
+    if found is None:
+        return None
+    found = centered(found)
+    scale = channel_scales(found, 0, call.outputs[0].shape[-1])
+    if found.data.dtype != np.int8 or scale is None or x is None or (bias is not None and not bias.constant):
         return None
     data = weight_constant(found)
     matrix = constant(found.data.reshape(found.data.shape[0], -1), data.name, data.dtype)

@@ -17,6 +17,7 @@ import numpy as np
 from torchvk.graph import DType
 from torchvk.lowering.draft import Array, Call, Draft, Value, constant
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
+from torchvk.ops.quantize import spread
 
 EIGHT_BITS = (DType.INT8, DType.UINT8)
 
@@ -133,6 +134,15 @@ def constant_weight(rewriter: Rewriter, value: Value | None) -> QuantizedConstan
         return None
     zeros = None if zero is None or not zero.array.any() else zero.array  # type: ignore[union-attr]
     return QuantizedConstant(data, data.array, scale.array, zeros)
+
+
+def centered(weight: QuantizedConstant) -> QuantizedConstant:
+    """Without zero points, and in int8, where the data less those have room in it."""
+    zero = 0 if weight.zero_point is None else spread(weight.zero_point.astype(np.int64), weight.data.shape)
+    data = weight.data.astype(np.int64) - zero
+    if not data.size or data.min() < -128 or data.max() > 127:
+        return weight
+    return replace(weight, data=data.astype(np.int8), zero_point=None)
 
 
 def channel_scales(weight: QuantizedConstant, axis: int, channels: int) -> Array | None:

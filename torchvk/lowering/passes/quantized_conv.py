@@ -12,6 +12,7 @@ from torchvk.lowering.draft import Array, Call, Draft, Value, constant
 from torchvk.lowering.passes.qdq import (
     EIGHT_BITS,
     REQUANTIZING,
+    centered,
     channel_scales,
     constant_weight,
     static_input,
@@ -72,7 +73,10 @@ def _reduced(array: Array, like: tuple[int, ...] | None = None) -> Array:
 def _conv(rewriter: Rewriter, call: Call) -> Value | None:
     x, weight, bias, residual = (*call.inputs, None, None)[:4]
     found = constant_weight(rewriter, weight)
-    if found is None or x is None or residual is not None or found.data.dtype != np.int8:
+    if found is None or x is None or residual is not None:
+        return None
+    found = centered(found)
+    if found.data.dtype != np.int8:
         return None
     y = call.outputs[0]
     depthwise = len(found.data.shape) < len(x.shape)
