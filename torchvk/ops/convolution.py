@@ -28,6 +28,8 @@ MAX_STEP = (1 << 16) - 1  # stride and input dilation share a word
 # convolutions goes over taps and channels, for up to two results (four where they are 8 bits of floats: fewer then).
 MAX_K = 30_000
 MAX_K_OF_FLOATS_TO_BYTES = 15_000
+DOT_COLUMNS = 8  # of x, for which quantized_conv_depthwise.slang computes a strip of pixels
+DOT_TAPS = 128  # of products of 9 bits by 8 the sum stays below 2^22
 MAX_TAPS = 1024  # of a depthwise convolution: sums of 8-bit products are exact in float32
 
 
@@ -215,6 +217,12 @@ def takes_vectors(geometry: Geometry, vector: int) -> bool:
     g = geometry
     plain = g.depthwise and g.outputs == g.channels and g.channels % vector == 0
     return plain and g.flat and set(g.up) == {1} and g.taps <= MAX_TAPS
+
+
+def takes_dots(geometry: Geometry) -> bool:
+    """Whether quantized_conv_depthwise.slang is for it."""
+    g = geometry
+    return takes_vectors(g, 4) and g.dilation[2] == 1 and g.kernel[2] <= DOT_COLUMNS and g.taps <= DOT_TAPS
 
 
 def takes_lanes(geometry: Geometry, output: DType) -> bool:

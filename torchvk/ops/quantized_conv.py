@@ -27,6 +27,7 @@ from torchvk.ops.conv_kernels import Case as FloatCase
 from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_pitch, float_kernels
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.convolution import (
+    DOT_COLUMNS,
     LANES,
     MAX_K,
     MAX_K_OF_FLOATS_TO_BYTES,
@@ -36,6 +37,7 @@ from torchvk.ops.convolution import (
     lanes_rows,
     output_shape,
     reason_against,
+    takes_dots,
     takes_lanes,
     takes_vectors,
 )
@@ -66,7 +68,6 @@ from torchvk.ops.quantize import DequantizeAttributes
 X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO = range(6)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 EIGHT_BITS = (DType.INT8, DType.UINT8)
-DOT_COLUMNS = 8  # of quantized_conv_depthwise.slang
 MIN_PIXELS = 32  # for which a weight is made floating-point as a whole
 ZERO_POINTS = (DType.INT32, DType.INT64, DType.INT8, DType.UINT8, DType.INT16)
 
@@ -353,7 +354,7 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
     g, packing = case.geometry, case.packing
     rows = replace(packing, align=128 // case.weight.dtype.bits, flat=not g.depthwise)
     texels = reads_texels(capabilities, case.x.nbytes, rows.nbytes)
-    if not texels and takes_vectors(g, 4) and g.dilation[2] == 1 and g.kernel[2] <= DOT_COLUMNS:
+    if not texels and takes_dots(g):
         pixels = (DOT_COLUMNS - g.kernel[2]) // g.stride[2] + 1
         work = g.strips(4, pixels)
         groups = grid(work[1], capabilities)
