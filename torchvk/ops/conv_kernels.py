@@ -179,7 +179,7 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     yield from _matrix(case, capabilities)
     if written and not few:
         yield from _columns(case, capabilities)
-    for tile in blocked(g, case.dtype, case.dtype, capabilities):
+    for tile in [] if tiles else blocked(g, case.dtype, case.dtype, capabilities):
         kernel, groups = f"conv_blocked_{case.name}_{tile.block.name}", tile.groups(capabilities)
         dispatch = case.dispatch(kernel, tile.block.threads, groups, tile.work, more=tile.constants)
         yield f"blocked_{tile.block.name}", Kernels((dispatch,))

@@ -375,22 +375,35 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
         own = replace(rows, align=8 * LANES, lanes=True) if wide else rows
         kernel = f"quantized_conv_lanes{'_wide' if wide else suffix}"
         yield "lanes", Kernels((case.dispatch(kernel, LANES, groups, work, own, texels),))
+    on_matrices = _matrix(case, rows, capabilities)
+    for name, dispatch in on_matrices:
+        yield name, Kernels((dispatch,))
+    if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities):
+        yield from _columns(case, rows, capabilities)
+    if not on_matrices:
+        for name, dispatch in _blocked(case, rows, capabilities):
+            yield name, Kernels((dispatch,))
+
+
+def _matrix(case: Case, rows: Packing, capabilities: Capabilities) -> list[tuple[str, Dispatch]]:
+    g = case.geometry
+    result = []
     for tile in matrix_tiles(g, True, capabilities):
         work = g.tiles(tile.m, tile.n)
         groups = grid(work[1], capabilities, 1)
         kernel = f"quantized_conv_matrix_{tile.name}"
         dispatch = case.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(g))
-        yield f"matrix_{tile.name}", Kernels((dispatch,))
-    if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities):
-        yield from _columns(case, rows, capabilities)
-    for name, dispatch in _blocked(case, rows, capabilities):
-        yield f"blocked_{name}", Kernels((dispatch,))
+        result.append((f"matrix_{tile.name}", dispatch))
+    return result
 
 
-def _blocked(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Dispatch]]:
+def _blocked(case: Case, rows: Packing, capabilities: Capabilities) -> list[tuple[str, Dispatch]]:
+    result = []
     for tile in blocked(case.geometry, case.x.dtype, case.y.dtype, capabilities):
         kernel, groups = f"quantized_conv_blocked_{tile.block.name}", tile.groups(capabilities)
-        yield tile.block.name, case.dispatch(kernel, tile.block.threads, groups, tile.work, rows, more=tile.constants)
+        dispatch = case.dispatch(kernel, tile.block.threads, groups, tile.work, rows, more=tile.constants)
+        result.append((f"blocked_{tile.block.name}", dispatch))
+    return result
 
 
 def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
@@ -407,19 +420,11 @@ def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[
         bytes=2 * size,
     )
     inner = replace(case, geometry=product)
-    for tile in matrix_tiles(product, True, capabilities):
-        work = product.tiles(tile.m, tile.n)
-        groups = grid(work[1], capabilities, 1)
-        kernel = f"quantized_conv_matrix_{tile.name}"
-        dispatch = inner.dispatch(kernel, tile.threads, groups, work, rows, more=matrix_constants(product))
-        yield f"columns_{tile.name}", Kernels((columns, _of_columns(dispatch)), (size,))
-    if g.group_channels % 4:
-        for name, dispatch in _blocked(inner, rows, capabilities):
-            yield f"columns_blocked_{name}", Kernels((columns, _of_columns(dispatch)), (size,))
-
-
-def _of_columns(dispatch: Dispatch) -> Dispatch:
-    return replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
+    # Register blocks gather whole words themselves.
+    without = [] if g.group_channels % 4 == 0 else _blocked(inner, rows, capabilities)
+    for name, dispatch in _matrix(inner, rows, capabilities) or without:
+        dispatch = replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
+        yield f"columns_{name}", Kernels((columns, dispatch), (size,))
 
 
 def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
