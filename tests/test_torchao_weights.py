@@ -234,6 +234,26 @@ def test_int8_tensors() -> None:
         compare(lowered.run(x, device=device), expected, TOLERANCE)
 
 
+def test_int8_tensors_of_float16_models() -> None:
+    """Their float32 scales of float16 activations no integer product has: floats times packed weights, on the GPU."""
+    torch.manual_seed(0)
+    rows = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    whole = Int8DynamicActivationInt8WeightConfig(
+        granularity=PerTensor(), act_mapping_type=MappingType.ASYMMETRIC, set_inductor_config=False
+    )
+    module = Linears({"rows": torch.nn.Linear(64, 12), "whole": torch.nn.Linear(64, 12)}).half()  # type: ignore[arg-type]
+    quantize_(module, FqnToConfig({"layers.rows": rows, "layers.whole": whole}), filter_fn=None)
+    x = torch.randn(5, 64).half()
+    with torch.no_grad():
+        expected = module(x)
+    unwrap_tensor_subclass(module)
+    lowered = lower_module(module, (x,))
+    assert not lowered.cpu
+    assert list(operand_types(lowered, "quantized_linear", 1).values()) == ["int8"] * 2
+    for device in ("reference", None):
+        compare(lowered.run(x, device=device), expected, 2**-9)
+
+
 def test_degenerate_weights_and_activations() -> None:
     """All zeros, constant, and one huge outlier: row by row what eager gives."""
     torch.manual_seed(0)

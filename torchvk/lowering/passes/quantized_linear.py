@@ -1,9 +1,12 @@
-"""Products of dequantized activations and dequantized constant matrices become ``quantized_linear``.
+"""Products with dequantized constant matrices become ``quantized_linear``: of integers where the activations are
+dequantized, too, else of floats (activations quantized at run time in ways that no integer product has).
 
 Bias, activation and the quantization of the result join later: ``passes.linear``, ``passes.epilogue``, ``passes.qdq``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -53,17 +56,15 @@ def _linear(
     if known is None or (bias is not None and bias.array is None):
         return None
     operands = weight_operands(known, transposed)
-    static = None if operands is None else static_view(rewriter, x)
-    if operands is None or static is None:
+    if operands is None:
         return None
     data, scale, zero_point = operands
-    attributes = {
-        "group_size": data.shape[1] // scale.shape[1],
-        "activation": "static",
-        "dtype": call.outputs[0].dtype,
-        **static.attributes("input"),
-    }
-    inputs = (static.quantized, data, scale, bias, None, zero_point)
+    attributes: dict[str, Any] = {"group_size": data.shape[1] // scale.shape[1]}
+    static = static_view(rewriter, x)
+    if static is not None:
+        x = static.quantized
+        attributes |= {"activation": "static", "dtype": call.outputs[0].dtype, **static.attributes("input")}
+    inputs = (x, data, scale, bias, None, zero_point)
     return rewriter.op("quantized_linear", *inputs, like=call, attributes=attributes)
 
 

@@ -366,7 +366,8 @@ def choose_qparams_affine(
 ) -> tuple[Value, Value]:
     if mapping_type not in ("ASYMMETRIC", "SYMMETRIC"):
         raise Refused(f"{mapping_type} quantization is not supported at run time: ASYMMETRIC and SYMMETRIC are")
-    if torch_dtype(scale_dtype, input.dtype) is not input.dtype or not input.dtype.is_float:
+    wanted = torch_dtype(scale_dtype, input.dtype)
+    if not input.dtype.is_float or not wanted.is_float:
         raise Refused(f"scales of {scale_dtype} for {input.dtype.value} are not supported")
     low, high = _limits(bounds(quant_min, quant_max), torch_dtype(target_dtype, DType.INT8))
     attributes = {
@@ -379,4 +380,5 @@ def choose_qparams_affine(
     }
     scale, zero_point = t.draft.emit("choose_qparams", [input], attributes, t.node.name, t.source)
     first, second = (type_of(value) for value in t.node.meta["val"])
-    return t.reshape(scale, first.shape), t.cast(t.reshape(zero_point, second.shape), second.dtype)
+    # The precision of the input is that of all steps; a wider scale is that one converted.
+    return t.cast(t.reshape(scale, first.shape), wanted), t.cast(t.reshape(zero_point, second.shape), second.dtype)
