@@ -18,6 +18,7 @@ from pte_files import Plan, call, delegate_call, delegate_file, tensor, write
 from torch import nn
 
 import torchvk
+from torchvk import ops
 from torchvk.cli import main
 from torchvk.errors import ArgumentError, ArgumentTypeError
 from torchvk.graph import DType, Graph, TensorType, to_bytes
@@ -25,6 +26,7 @@ from torchvk.graph.build import GraphBuilder
 from torchvk.program.compare import Comparison
 from torchvk.program.describe import BACKEND
 from torchvk.program.layers import observe
+from torchvk.runtime.reference import run as run_reference
 
 ROWS, COLUMNS = 3, 8
 ON_BOTH = pytest.mark.parametrize("device", [None, "reference"])
@@ -131,6 +133,32 @@ def test_residuals_are_taken_out(epilogue: str, rng: np.random.Generator) -> Non
     result = compared(block(weight), block(-weight), [x])
     assert result.layers[0].sqnr == pytest.approx(10 * math.log10(1 / 4), abs=1e-3)
     assert result.outputs[0].sqnr > 20
+
+
+def test_8_bit_residuals_are_taken_out(rng: np.random.Generator) -> None:
+    builder = GraphBuilder()
+    shape = (ROWS, COLUMNS)
+    x, residual = (builder.input(name, TensorType(DType.INT8, shape)) for name in ("x", "residual"))
+    weight = rng.integers(-128, 127, (COLUMNS, COLUMNS)).astype(np.int8)
+    operands = [x, builder.constant("w", weight), builder.constant("scale", np.ones((COLUMNS, 1), np.float32))]
+    zeros = builder.constant("zeros", np.full((COLUMNS, 1), 3, np.int8))
+    own = {"output_dtype": "int8", "output_scale": 30.0, "output_zero_point": 5}
+    attributes = {"group_size": COLUMNS, "activation": "static", "input_scale": 0.01, **own}
+    added = {"residual_scale": 20.0, "sum_dtype": "uint8", "sum_scale": 40.0, "sum_zero_point": 128, "sum_min": 0}
+    both = {**attributes, **added, "sum_max": 255}
+    result = [TensorType(DType.UINT8, shape)]
+    (y,) = builder.node("quantized_linear", [*operands, None, residual, zeros], result, both, "y", "branch")
+    graph = builder.build([y])
+    observed = observe(graph, alternatives=True)
+    arrays = [rng.integers(-128, 127, shape).astype(np.int8) for _ in range(2)]
+    outputs = run_reference(observed.graph, arrays)[0]
+    np.testing.assert_array_equal(outputs[0], run_reference(graph, arrays)[0][0])
+    values = [observed.values(outputs)[index] for index in observed.layers[0].values]
+    alone = ops.get("quantized_linear").decode(replace(graph.nodes[0], attributes=attributes))
+    inputs = [arrays[0], weight, np.ones((COLUMNS, 1), np.float32), None, None, np.full((COLUMNS, 1), 3, np.int8)]
+    (q,) = ops.get("quantized_linear").reference(alone, inputs)
+    np.testing.assert_array_equal(values[0], (q.astype(np.float32) - 5) * 30)
+    np.testing.assert_array_equal(values[1], (outputs[0].astype(np.float32) - 128) * 40)
 
 
 def test_8_bit_values_are_dequantized(rng: np.random.Generator) -> None:

@@ -17,10 +17,12 @@ from torchvk.lowering.passes.clean import remove_dead, share
 from torchvk.lowering.passes.float16 import to_float16
 from torchvk.lowering.passes.fold import MAX_BYTES, fold_constants
 from torchvk.lowering.passes.linear import fuse_linear
+from torchvk.lowering.passes.quantized_sum import fuse_quantized_sums
 from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 from torchvk.lowering.refusal import Refused
 from torchvk.lowering.types import promote
+from torchvk.ops.quantized_sum import added_by
 
 F32 = DType.FLOAT32
 
@@ -442,6 +444,53 @@ def test_one_residual_a_layer() -> None:
     s = Sketch((6, 8))
     y = s.op("linear", s.draft.inputs[0], weight)
     check(s.returns(s.op("add", y, y)), optimize, "linear", "add")
+
+
+# 8-bit residuals
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ({}, ()),
+        ({"swap": True}, ()),
+        ({"op": "sub"}, ("quantized_arithmetic",)),
+        ({"scale": 0.25}, ("quantized_arithmetic",)),
+        ({"shape": (1, 1, 5)}, ("quantized_arithmetic",)),
+        ({"read": True}, ("quantized_arithmetic",)),
+    ],
+)
+def test_sums_of_8_bit_residuals(change: dict[str, Any], left: tuple[str, ...]) -> None:
+    shape = change.get("shape", (2, 3, 5))
+    s = Sketch((6, 8), shape, dtype=DType.INT8)
+    x, residual = s.draft.inputs
+    weight, scale = constant(np.arange(-20, 20, dtype=np.int8).reshape(5, 8)), constant(np.ones((5, 1), np.float32))
+    q = s.op("quantized_linear", x, weight, scale, group_size=8, activation="static", output_dtype="int8")
+    y = s.op("reshape", q, shape=[2, 3, 5])
+    own, other = (change.get("scale", 1.0), 0), (0.7, 3)
+    operands = ((residual, y), (other, own)) if change.get("swap") else ((y, residual), (own, other))
+    given = {
+        f"{name}_{key}": v
+        for name, pair in zip(("input", "other"), operands[1], strict=True)
+        for key, v in zip(("scale", "zero_point"), pair, strict=True)
+    }
+    output = {
+        "output_dtype": "uint8",
+        "output_scale": 0.9,
+        "output_zero_point": 99,
+        "output_min": 90,
+        "output_max": 110,
+    }
+    total = s.op("quantized_arithmetic", *operands[0], operation=change.get("op", "add"), **given, **output)
+    results = (total, q) if change.get("read") else (total,)
+    views = ("quantized_linear", "reshape") if left else ("reshape", "quantized_linear", "reshape")
+    draft = check(s.returns(*results), fuse_quantized_sums, *views, *left)
+    layer = next(call for call in draft.calls if call.op == "quantized_linear").attributes
+    added = added_by(layer)
+    if left:
+        assert added is None
+    else:
+        assert (layer.output_dtype, added.input_scale, added.other_scale, added.output_max) == ("int8", 1.0, 0.7, 110)
 
 
 # sums

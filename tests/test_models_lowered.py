@@ -108,6 +108,7 @@ def _assert_int8_between(lowered: Lowered, name: str) -> None:
     operators = lowered.operators()
     assert operators["quantize"] == 1, (name, operators)
     assert operators["dequantize"] <= 1, (name, operators)
+    assert "quantized_arithmetic" not in operators, "residuals are added by the layers"
     graph = lowered.graph
     edges = {graph.tensors[index].type.numel for index in (*graph.inputs, *graph.outputs)}
     inner = [graph.tensors[index].type for node in graph.nodes for index in node.outputs]

@@ -7,6 +7,7 @@ a quantized result differs by at most one step, and only next to a tie: how many
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,38 @@ def test_kernels(name: str, kind: str, bits: int) -> None:
                 count, wrong = operands.check(got)
                 total, off = total + count, off + wrong
     assert off <= max(1, 1e-4 * total), f"{off} of {total}"
+
+
+@pytest.mark.tier
+@pytest.mark.parametrize("kind", ["this", "gpu"])
+@pytest.mark.parametrize("name", ["colours", "many channels", "depthwise"])
+def test_sums_of_8_bit_residuals(name: str, kind: str) -> None:
+    """By every kernel the bytes of the layer and quantized_arithmetic behind it. All numbers before the sum have few
+    bits, so that there is no rounding that could differ but that to 8 bits."""
+    rng = np.random.default_rng(len(name))
+    operands = Operands(CASES[name], "uint8", output="uint8")
+    step = float(np.exp2(np.rint(np.log2(operands.attributes.output_scale))))
+    alone = replace(operands.attributes, input_scale=2.0**-6, output_scale=step)
+    x, weight, scale, bias = operands.operands[:4]
+    assert scale is not None
+    assert bias is not None
+    inputs = [x, weight, np.exp2(np.rint(np.log2(scale))), np.rint(8 * bias) / np.float32(8)]
+    (q,) = OPERATOR.reference(alone, inputs)
+    residual = rng.integers(-128, 127, q.shape, np.int8, endpoint=True)
+    both = {"operation": "add", "input_scale": step, "input_zero_point": alone.output_zero_point}
+    both |= {"other_scale": step / 1.7, "other_zero_point": -9}
+    ends = {"dtype": "int8", "scale": step * 1.9, "zero_point": 3, "min": -110, "max": 111}
+    (wanted,) = run_op(
+        "quantized_arithmetic", both | {f"output_{key}": end for key, end in ends.items()}, [q, residual]
+    )
+    assert len(np.unique(wanted)) > 50
+    fused: Any = {f"sum_{key}": end for key, end in ends.items()}
+    fused |= {"residual_scale": step / 1.7, "residual_zero_point": -9}
+    inputs += [None, None, residual]
+    np.testing.assert_array_equal(OPERATOR.reference(replace(alone, **fused), inputs)[0], wanted)
+    with nullcontext() if kind == "this" else chosen_for("quantized_conv", kind="discrete"):
+        for (got,) in every_variant("quantized_conv", replace(alone, **fused), inputs):
+            np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)

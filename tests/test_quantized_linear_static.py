@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 from harness import every_variant, run_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from variants import chosen_for
 
 from torchvk import ops
 from torchvk.graph import DType
@@ -93,3 +96,48 @@ def test_device(case: tuple[QuantizedLinearAttributes, list[Array | None], set[i
         check(attributes, inputs, y)
     (y,) = run_op("quantized_linear", attributes, inputs, int4=int4, max_tier=0)
     check(attributes, inputs, y)
+
+
+def eight_bits(rng: np.random.Generator, prefix: str) -> dict[str, Any]:
+    """dtype, zero point and bounds of a quantization."""
+    dtype = str(rng.choice([*RANGE]))
+    low, high = RANGE[dtype]
+    numbers = {"zero_point": low + int(rng.integers(100, 160)), "min": low + int(rng.integers(9)), "max": high - 5}
+    return {f"{prefix}_{name}": value for name, value in {"dtype": dtype, **numbers}.items()}
+
+
+@pytest.mark.tier
+@pytest.mark.parametrize(
+    ("kind", "m", "n", "k"),
+    [
+        ("this", 1, 64, 64),
+        ("this", 37, 34, 96),
+        ("gpu", 1, 64, 64),
+        ("gpu", 3, 51, 40),
+        ("gpu", 37, 34, 96),
+        ("gpu", 70, 64, 64),
+    ],
+)
+def test_sums_of_8_bit_residuals(kind: str, m: int, n: int, k: int, rng: np.random.Generator) -> None:
+    """By every kernel the bytes of the layer and quantized_arithmetic behind it. All numbers before the sum have few
+    bits, so that there is no rounding that could differ but that to 8 bits."""
+    x = rng.integers(0, 255, (m, k), np.uint8, endpoint=True)
+    weight, scale = rng.integers(-128, 127, (n, k), np.int8), np.exp2(rng.integers(-9, -6, (n, 1))).astype(np.float32)
+    bias = rng.integers(-99, 99, n).astype(np.float32) / 8
+    attributes = {"group_size": k, "activation": "static", "input_scale": 2.0**-5, "input_zero_point": 130}
+    attributes |= {"output_scale": 0.5, **eight_bits(rng, "output")}
+    added = {"residual_scale": 0.37, "residual_zero_point": 5, "sum_scale": 0.61, **eight_bits(rng, "sum")}
+    residual = rng.integers(0, 255, (m, n), np.uint8, endpoint=True).view(str(rng.choice([*RANGE])))
+    operator = ops.get("quantized_linear")
+    (alone,) = operator.reference(QuantizedLinearAttributes(**attributes), [x, weight, scale, bias])
+    both = {"operation": "add", "input_scale": 0.5, "input_zero_point": attributes["output_zero_point"]}
+    both |= {"other_scale": 0.37, "other_zero_point": 5}
+    both |= {name.replace("sum", "output"): value for name, value in added.items() if name.startswith("sum")}
+    (wanted,) = run_op("quantized_arithmetic", both, [alone, residual])
+    assert len(np.unique(wanted)) > min(50, m * n / 4)
+    chosen = QuantizedLinearAttributes(**attributes, **added)
+    inputs = [x, weight, scale, bias, residual]
+    np.testing.assert_array_equal(operator.reference(chosen, inputs)[0], wanted)
+    with nullcontext() if kind == "this" else chosen_for("quantized_linear", kind="discrete"):
+        for (got,) in every_variant("quantized_linear", chosen, inputs):
+            np.testing.assert_array_equal(got, wanted)

@@ -20,11 +20,17 @@ from torchvk.ops.operator import Array
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"]
 Epilogue = Literal[Activation, "sum_relu"]
 EPILOGUES: tuple[Epilogue, ...] = get_args(Epilogue)
+# From 1 on they are the kinds of the shaders; 8-bit ones: torchvk.ops.quantized_sum.
+RESIDUALS = (DType.FLOAT32, DType.FLOAT16, DType.INT8, DType.UINT8)
 
 
 def epilogue_constants(epilogue: Epilogue, residual: TensorType | None) -> tuple[int, int]:
-    """The two specialization constants of shaders/epilogue.slang: the function and the residual's dtype."""
-    return EPILOGUES.index(epilogue), 0 if residual is None else 1 if residual.dtype is DType.FLOAT32 else 2
+    """The two specialization constants of shaders/epilogue.slang: the function and the residual's kind."""
+    return EPILOGUES.index(epilogue), residual_kind(residual)
+
+
+def residual_kind(residual: TensorType | None) -> int:
+    return 0 if residual is None else 1 + RESIDUALS.index(residual.dtype)
 
 
 def apply_epilogue(epilogue: Epilogue, y: Array, residual: Array | None) -> Array:

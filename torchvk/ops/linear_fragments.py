@@ -13,7 +13,7 @@ from torchvk.ops.fragments import UNIT, Fragment
 from torchvk.ops.matrix import Tile, tiles_of
 from torchvk.ops.matrix_half import HALF_FRAGMENT_TILES
 from torchvk.ops.operator import Arg, Array, Capabilities, Dispatch, Layout, grid, read
-from torchvk.ops.requantization import NOTHING
+from torchvk.ops.storing import NOTHING
 
 BITS = 16
 

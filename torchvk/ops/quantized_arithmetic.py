@@ -71,7 +71,7 @@ def _output(attributes: QuantizedArithmeticAttributes) -> Requantization:
     return output
 
 
-def _reference(attributes: QuantizedArithmeticAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+def reference(attributes: QuantizedArithmeticAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     a, b = inputs
     assert a is not None
     assert b is not None
@@ -127,7 +127,7 @@ register(
         "quantized_arithmetic",
         "sums, differences and products of 8-bit tensors as 8-bit integers",
         _infer,
-        _reference,
+        reference,
         _kernels,
         QuantizedArithmeticAttributes,
         dtypes=EIGHT_BITS,

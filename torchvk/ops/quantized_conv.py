@@ -64,8 +64,9 @@ from torchvk.ops.operator import (
 )
 from torchvk.ops.quantization import reads_texels
 from torchvk.ops.quantize import DequantizeAttributes
+from torchvk.ops.quantized_sum import QuantizedSum, apply_sum, infer_sum
 
-X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO = range(6)
+X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO, RESIDUAL = range(7)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 EIGHT_BITS = (DType.INT8, DType.UINT8)
 MIN_PIXELS = 32  # for which a weight is made floating-point as a whole
@@ -76,7 +77,8 @@ ZERO_POINTS = (DType.INT32, DType.INT64, DType.INT8, DType.UINT8, DType.INT16)
 class QuantizedConvAttributes:
     """Geometry as for conv. activation: "none", x is floating-point; "static", x is int8 or uint8 with input_scale and
     input_zero_point; "dynamic", the same with both as operands of one element. dtype: of a result that is not
-    quantized, float32 or float16; output_dtype and what follows: of one that is."""
+    quantized, float32 or float16; output_dtype and what follows: of one that is. A residual is 8-bit, and belongs to
+    sum_dtype, as for quantized_linear."""
 
     stride: list[int]
     padding: list[int]
@@ -93,16 +95,23 @@ class QuantizedConvAttributes:
     output_zero_point: int = 0
     output_min: int = -128
     output_max: int = 127
+    residual_scale: float = 1.0
+    residual_zero_point: int = 0
+    sum_dtype: Literal["int8", "uint8"] | None = None
+    sum_scale: float = 1.0
+    sum_zero_point: int = 0
+    sum_min: int = -128
+    sum_max: int = 127
 
 
 def _operands(inputs: Types) -> tuple[TensorType | None, ...]:
-    expect(3 <= len(inputs) <= 6, f"quantized_conv takes 3 to 6 operands, {len(inputs)} were given")
+    expect(3 <= len(inputs) <= 7, f"quantized_conv takes 3 to 7 operands, {len(inputs)} were given")
     expect(all(each is not None for each in inputs[:3]), "quantized_conv needs x, weight and scale")
-    return (*inputs, None, None, None)[:6]
+    return (*inputs, None, None, None, None)[:7]
 
 
 def _infer(attributes: QuantizedConvAttributes, inputs: Types) -> tuple[TensorType, ...]:
-    x, weight, scale, bias, x_scale, x_zero = _operands(inputs)
+    x, weight, scale, bias, x_scale, x_zero, residual = _operands(inputs)
     assert x is not None
     assert weight is not None
     floating = attributes.activation == "none"
@@ -130,15 +139,17 @@ def _infer(attributes: QuantizedConvAttributes, inputs: Types) -> tuple[TensorTy
         zero = attributes.input_zero_point
         expect(low <= zero <= high, f"quantized_conv: the zero point {zero} of x is outside of {low}…{high}")
         expect(_positive(attributes.input_scale), f"quantized_conv: the scale {attributes.input_scale} of x")
+    has_sum = attributes.sum_dtype is not None
+    expect(has_sum == (residual is not None), f"quantized_conv: sum_dtype {attributes.sum_dtype}, residual {residual}")
     if attributes.output_dtype is None:
-        return (TensorType(dtype, shape),)
+        return (infer_sum("quantized_conv", attributes, TensorType(dtype, shape), residual),)
     output = DType(attributes.output_dtype)
     low, high = _range(output)
     bounds = (attributes.output_min, attributes.output_max, attributes.output_zero_point)
     expect(all(low <= each <= high for each in bounds), f"quantized_conv: {bounds} are not in {low}…{high}")
     expect(attributes.output_min <= attributes.output_max, f"quantized_conv: bounds {bounds[:2]} exclude each other")
     expect(_positive(attributes.output_scale), f"quantized_conv: the scale {attributes.output_scale} of the result")
-    return (TensorType(output, shape),)
+    return (infer_sum("quantized_conv", attributes, TensorType(output, shape), residual),)
 
 
 def _positive(scale: float) -> bool:
@@ -163,7 +174,7 @@ def _support(attributes: QuantizedConvAttributes, inputs: Types) -> str | None:
 
 
 def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
-    x, weight, scale, bias, x_scale, x_zero = (*inputs, None, None, None)[:6]
+    x, weight, scale, bias, x_scale, x_zero, residual = (*inputs, None, None, None, None)[:7]
     assert x is not None
     assert weight is not None
     assert scale is not None
@@ -187,7 +198,7 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
             return (y.astype(dtype),)
         q = np.rint(y * np.float32(1 / attributes.output_scale)) + np.float32(attributes.output_zero_point)
         q = np.where(np.isnan(q), 0, np.clip(q, attributes.output_min, attributes.output_max))
-        return (q.astype(attributes.output_dtype),)
+        return (apply_sum(attributes, q.astype(attributes.output_dtype), residual),)
 
 
 @dataclass(frozen=True)
@@ -258,6 +269,7 @@ class Packing:
 class Case:
     """All that the choice of kernels asks."""
 
+    sum: QuantizedSum | None
     attributes: QuantizedConvAttributes
     geometry: Geometry
     x: TensorType
@@ -269,12 +281,13 @@ class Case:
 
     @staticmethod
     def of(attributes: QuantizedConvAttributes, inputs: Types, outputs: Sequence[TensorType]) -> Case:
-        x, weight, _, bias, x_scale, x_zero = _operands(inputs)
+        x, weight, _, bias, x_scale, x_zero, residual = _operands(inputs)
         assert x is not None
         assert weight is not None
         geometry = Geometry.of(attributes, x, weight, outputs[0])
-        kinds = (None if each is None else each.dtype for each in (x_scale, x_zero))
-        return Case(attributes, geometry, x, outputs[0], weight, bias is not None, *kinds)
+        x_types = (None if each is None else each.dtype for each in (x_scale, x_zero))
+        added = QuantizedSum.of(attributes, residual, RESIDUAL)
+        return Case(added, attributes, geometry, x, outputs[0], weight, bias is not None, *x_types)
 
     @property
     def integer(self) -> bool:
@@ -303,6 +316,7 @@ class Case:
             read(X_SCALE) if self.x_scale else stand_in,
             read(X_ZERO) if self.x_zero else stand_in,
             write(),
+            *((stand_in, stand_in) if self.sum is None else (self.sum.argument, read(SCALE, self.sum.layout))),
         )
 
     def constants(self, local_size: int) -> tuple[int, ...]:
@@ -314,9 +328,9 @@ class Case:
             self.bias,
             EPILOGUES.index(self.attributes.epilogue),
             0 if self.x_scale is None else 1 + DTYPE[self.x_scale],
-            0 if self.x_zero is None else DTYPE[self.x_zero],
+            0 if self.x_zero is None else 1 + DTYPE[self.x_zero],
             self.geometry.depthwise,
-            self.x_zero is not None,
+            0 if self.sum is None else self.sum.kind,
             self.weight.dtype.bits,
         )
 
@@ -413,7 +427,7 @@ def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[
     product = g.pointwise(g.pixels, pitch)
     columns = Dispatch(
         "quantized_conv_columns",
-        (*case.buffers(packing=rows)[:-1], scratch_write(0)),
+        (*case.buffers(packing=rows)[:7], scratch_write(0)),
         grid(size // 16, capabilities),
         (*case.constants(capabilities.local_size), *columns_constants(g, DType.INT8)),
         case.push(0, size // 16),

@@ -28,9 +28,10 @@ from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import Epilogue, apply_epilogue
 from torchvk.ops.operator import NOTHING, Array, Capabilities, Operator, OperatorError, Types, Variants, register
 from torchvk.ops.quantization import Activation, Formulas, Scheme, Static, quantize
-from torchvk.ops.quantized_linear_case import BIAS, SCALE, WEIGHT, ZERO_POINT, Case
+from torchvk.ops.quantized_linear_case import BIAS, RESIDUAL, SCALE, WEIGHT, ZERO_POINT, Case
 from torchvk.ops.quantized_linear_kernels import variants
 from torchvk.ops.quantized_packing import UNIT, Packing, pitch_of
+from torchvk.ops.quantized_sum import QuantizedSum, apply_sum, infer_sum
 from torchvk.ops.requantization import EightBits, Requantization, check_parameters
 
 # A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128, or 255 with zero points.
@@ -49,6 +50,8 @@ class QuantizedLinearAttributes:
     dtype: of float results, if x is integers. output_dtype: None for float results; else they are quantized to that,
     with output_scale and output_zero_point, and limited to output_min … output_max.
     epilogue: the function that follows the product and the bias; a residual, if there is one, is added to that.
+    sum_dtype: for 8-bit results. Then the residual has 8 bits, too, with residual_scale and residual_zero_point, and is
+    added to the quantized result; the sum is as sum_scale, … say (torchvk.ops.quantized_sum).
     """
 
     group_size: int
@@ -67,6 +70,13 @@ class QuantizedLinearAttributes:
     output_zero_point: int = 0
     output_min: int = -128
     output_max: int = 127
+    residual_scale: float = 1.0
+    residual_zero_point: int = 0
+    sum_dtype: EightBits | None = None
+    sum_scale: float = 1.0
+    sum_zero_point: int = 0
+    sum_min: int = -128
+    sum_max: int = 127
 
     @property
     def scheme(self) -> Scheme | None:
@@ -136,13 +146,13 @@ def _infer(attributes: QuantizedLinearAttributes, inputs: Types) -> tuple[Tensor
         if not (math.isfinite(attributes.eps) and attributes.eps >= 0):
             _fail(f"eps must be a number of 0 or more, got {attributes.eps}")
     output = TensorType(result, (*x.shape[:-1], n))
-    if residual is not None and residual != output:
+    if attributes.sum_dtype is None and residual is not None and residual != output:
         _fail(f"the residual must be of the result's type {output}, got {residual}")
     requantization = Requantization.of(attributes)
     if requantization is not None:
         requantization.check()
         output = TensorType(requantization.dtype, output.shape)
-    return (output,)
+    return (infer_sum("quantized_linear", attributes, output, residual),)
 
 
 def _support(attributes: QuantizedLinearAttributes, inputs: Types) -> str | None:
@@ -170,13 +180,17 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
     assert weight is not None
     assert scale is not None
     n, k = weight.shape
-    output = Requantization.of(attributes)
-    if attributes.activation == "static":
-        y = _static_product(attributes, x, weight, scale, zero_point)
+
+    def ended(y: Array, dtype: DType) -> tuple[Array, ...]:
         if bias is not None:
             y = y + bias.astype(np.float32)
-        y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
-        return (y.astype(attributes.dtype.numpy) if output is None else output.apply(y),)
+        added = residual if attributes.sum_dtype is None else None
+        y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), added)
+        output = Requantization.of(attributes)
+        return (y.astype(dtype.numpy) if output is None else apply_sum(attributes, output.apply(y), residual),)
+
+    if attributes.activation == "static":
+        return ended(_static_product(attributes, x, weight, scale, zero_point), attributes.dtype)
     with np.errstate(all="ignore"):
         grouped = weight.reshape(n, -1, attributes.group_size).astype(np.float32)
         if zero_point is not None:
@@ -188,11 +202,7 @@ def _reference(attributes: QuantizedLinearAttributes, inputs: Sequence[Array | N
         if scheme is not None:
             q, row_scale, zero_point = quantize(rows, scheme)
             rows = ((q - zero_point).astype(np.float32) * row_scale).astype(x.dtype)
-        y = rows.astype(np.float32) @ w.T
-        if bias is not None:
-            y = y + bias.astype(np.float32)
-        y = apply_epilogue(attributes.epilogue, y.reshape(*x.shape[:-1], n), residual)
-        return (y.astype(x.dtype) if output is None else output.apply(y),)
+        return ended(rows.astype(np.float32) @ w.T, DType.of(x.dtype))
 
 
 def _static_product(
@@ -229,6 +239,7 @@ def _variants(
         scheme=attributes.integers(x),
         result=attributes.floats(x),
         output=Requantization.of(attributes),
+        sum=QuantizedSum.of(attributes, residual, RESIDUAL),
         capabilities=capabilities,
     )
     return variants(case)

@@ -9,7 +9,9 @@ from torchvk.ops.epilogue import Epilogue, epilogue_constants
 from torchvk.ops.operator import Capabilities
 from torchvk.ops.quantization import Scheme, Static
 from torchvk.ops.quantized_packing import UNIT, Packing
+from torchvk.ops.quantized_sum import QuantizedSum
 from torchvk.ops.requantization import Requantization
+from torchvk.ops.storing import Results
 
 X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)  # the node's inputs
 
@@ -17,7 +19,8 @@ X, WEIGHT, SCALE, BIAS, RESIDUAL, ZERO_POINT = range(6)  # the node's inputs
 @dataclass(frozen=True)
 class Case:
     """x has m rows; zeros: whether the weights have zero points; scheme: how activations are, or become, integers, if
-    they do; result: the dtype of float results; output: how results are quantized, if they are."""
+    they do; result: the dtype of float results; output: how results are quantized, if they are; sum: how an 8-bit
+    residual is added."""
 
     packing: Packing
     m: int
@@ -30,6 +33,7 @@ class Case:
     scheme: Scheme | Static | None
     result: DType
     output: Requantization | None
+    sum: QuantizedSum | None
     capabilities: Capabilities
 
     @property
@@ -59,6 +63,10 @@ class Case:
     @property
     def ending(self) -> tuple[int, int]:
         return epilogue_constants(self.epilogue, self.residual)
+
+    @property
+    def results(self) -> Results:
+        return Results(self.m, self.packing.n, self.result, self.output, self.sum)
 
     def of_rows(self, rows: int) -> Case:
         """The case of so many rows of x."""

@@ -28,7 +28,7 @@ from torchvk.ops.operator import (
 from torchvk.ops.quantization import Activations, Scheme, activations, spreading
 from torchvk.ops.quantized_linear_case import BIAS, RESIDUAL, SCALE, WEIGHT, ZERO_POINT, Case, X
 from torchvk.ops.quantized_packing import UNIT
-from torchvk.ops.requantization import storing
+from torchvk.ops.storing import storing
 
 STAGED_BYTES = 32 << 10  # of shared memory for x
 SUMS_BYTES = 8 << 10  # and for sums
@@ -168,7 +168,7 @@ def _finish(
     """With the product, whose kernel has the bindings and constants of quantized_linear.slang and some more."""
     packing, m, x = case.packing, case.m, case.x
     weights = read(WEIGHT, packing.layout)
-    stored = storing(m, packing.n, case.result, case.output, 2, len(operand.scratch), case.capabilities)
+    stored = storing(case.results, 2, len(operand.scratch), case.capabilities)
     shared = (local_size, packing.bits, case.scheme is not None, packing.half_groups, case.bias_code)
     product = Dispatch(
         kernel=kernel,

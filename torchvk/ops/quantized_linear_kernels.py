@@ -17,8 +17,8 @@ from torchvk.ops.quantized_linear_gemv import few_rows
 from torchvk.ops.quantized_linear_matrix import FEW_ROWS, fragment_candidates, fragment_kernel, weight_sums
 from torchvk.ops.quantized_linear_matrix import candidates as integer_candidates
 from torchvk.ops.quantized_packing import UNIT, Packing
-from torchvk.ops.requantization import Storing, storing
 from torchvk.ops.rows import stacked, whole_rows
+from torchvk.ops.storing import Storing, storing
 
 MAX_GEMV_ROWS = 4
 
@@ -172,8 +172,7 @@ def _chosen(case: Case, choice: Choice) -> Kernels:
     """All dispatches around the chosen kernel."""
     operand, x_format = _operand(case, choice)
     own = _bytes_at_once(choice, case.scheme is not None)
-    of_results = (case.m, case.packing.n, case.result, case.output, own, len(operand.scratch), case.capabilities)
-    stored = storing(*of_results)
+    stored = storing(case.results, own, len(operand.scratch), case.capabilities)
     main = _product(case, choice, operand, x_format, stored)
     return Kernels((*operand.dispatches, main, *stored.after), (*operand.scratch, *stored.scratch))
 

@@ -8,7 +8,7 @@ a layer is seen alone. int8 values come with the scale and zero point that the o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ import numpy as np
 
 from torchvk import ops
 from torchvk.graph import DType, Graph, Node, Role, Tensor
+from torchvk.ops.quantized_sum import added_by
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +31,7 @@ ACTIVATIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "hardswish": ("hardswish", {}),
 }
 EIGHT_BIT = (DType.INT8, DType.UINT8)
+LAYER = -1  # in place of an input: the bare layer's result
 # How many nodes behind a layer's own may be meant when another file names the same module.
 BEHIND = 3
 
@@ -133,38 +135,48 @@ def _unfused(graph: Graph) -> tuple[Graph, dict[int, list[int]]]:
         return len(tensors) - 1
 
     for node in graph.nodes:
-        name = node.attributes.get("epilogue", "none")
-        slot = RESIDUAL.get(node.op)
-        residual = node.inputs[slot] if slot is not None and slot < len(node.inputs) else None
+        slot = RESIDUAL.get(node.op, len(node.inputs))
+        residual = node.inputs[slot] if slot < len(node.inputs) else None
         result = graph.tensors[node.outputs[0]]
-        known = name in ("none", "silu", "sum_relu") or name in ACTIVATIONS
-        if node.op not in RESIDUAL or not known or (name, residual) == ("none", None) or not result.dtype.is_float:
+        parts = _parts(node, residual, result) if node.op in RESIDUAL else []
+        if not parts:
             nodes.append(node)
             continue
-        tensors.append(replace(result, role=Role.TEMPORARY))
+        bare = {"sum_dtype": None} if node.attributes.get("sum_dtype") else {"epilogue": "none"}
+        dtype = DType(node.attributes["output_dtype"]) if "sum_dtype" in bare else result.dtype
+        tensors.append(replace(result, role=Role.TEMPORARY, dtype=dtype))
         steps = [len(tensors) - 1]
-        nodes.append(
-            replace(
-                node,
-                inputs=node.inputs[:slot],
-                outputs=(steps[0],),
-                attributes={**node.attributes, "epilogue": "none"},
-            )
-        )
-        if name == "silu":
-            gate = emit("sigmoid", {}, [steps[0]], result)
-            steps.append(emit("mul", {}, [steps[0], gate], result))
-        elif name in ACTIVATIONS:
-            steps.append(emit(*ACTIVATIONS[name], [steps[0]], result))
-        if residual is not None:
-            steps.append(emit("add", {}, [steps[-1], residual], result))
-        if name == "sum_relu":
-            steps.append(emit("relu", {}, [steps[-1]], result))
+        inputs = tuple(None if at == slot else index for at, index in enumerate(node.inputs))
+        nodes.append(replace(node, inputs=inputs, outputs=(steps[0],), attributes={**node.attributes, **bare}))
+        for op, attributes, other in parts:
+            others = [] if other is None else [steps[0] if other == LAYER else other]
+            steps.append(emit(op, attributes, [steps[-1], *others], result))
         # The last step makes what the graph knew as the layer's result.
         tensors.pop()
         nodes[-1] = replace(nodes[-1], outputs=node.outputs)
         before[steps[0]] = [*steps[1:-1], node.outputs[0]]
     return replace(graph, tensors=tuple(tensors), nodes=tuple(nodes)), before
+
+
+def _parts(node: Node, residual: int | None, result: Tensor) -> list[tuple[str, Mapping[str, Any], int | None]]:
+    """What follows the bare layer: operators, and what each reads beside the result of the one before."""
+    if node.attributes.get("sum_dtype"):
+        added = added_by(ops.get(node.op).decode(node))
+        assert added is not None
+        return [("quantized_arithmetic", asdict(added), residual)]
+    name = node.attributes.get("epilogue", "none")
+    if not result.dtype.is_float:
+        return []
+    parts: list[tuple[str, Mapping[str, Any], int | None]] = []
+    if name == "silu":
+        parts = [("sigmoid", {}, None), ("mul", {}, LAYER)]
+    elif name in ACTIVATIONS:
+        parts = [(*ACTIVATIONS[name], None)]
+    if residual is not None:
+        parts.append(("add", {}, residual))
+    if name == "sum_relu":
+        parts.append(("relu", {}, None))
+    return parts
 
 
 def _readers(graph: Graph) -> dict[int, list[Node]]:

@@ -14,6 +14,7 @@ from torchvk.lowering.passes.quantized_conv import look_behind_permutes, move_we
 from torchvk.lowering.passes.quantized_elementwise import fuse_quantized_elementwise
 from torchvk.lowering.passes.quantized_linear import fuse_quantized_linear
 from torchvk.lowering.passes.quantized_movement import move_integers
+from torchvk.lowering.passes.quantized_sum import fuse_quantized_sums
 from torchvk.lowering.passes.sums import fuse_sums
 from torchvk.lowering.passes.views import simplify_views
 
@@ -22,7 +23,7 @@ from torchvk.lowering.passes.views import simplify_views
 PASSES = (
     *(simplify_views, fold_parameters, fuse_activations, look_behind_permutes, move_permutes, simplify_views),
     *(move_integers, drop_pairs, move_weights, fuse_conv),
-    *(quantize_conv, fuse_quantized_linear, requantize, fuse_quantized_elementwise),
+    *(quantize_conv, fuse_quantized_linear, requantize, fuse_quantized_elementwise, fuse_quantized_sums),
     *(fuse_attention, fuse_linear, fuse_epilogue, fuse_sums),
     *(fold_constants, share, remove_dead),
 )
