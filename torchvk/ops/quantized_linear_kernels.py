@@ -202,9 +202,9 @@ def _operand(case: Case, choice: Choice) -> tuple[Activations, int]:
 
 def _bytes_at_once(choice: Choice, integers: bool) -> int:
     """Neighbouring 8-bit results that a thread of the kernel stores at once; 0 if it cannot."""
-    if choice.texels or (choice.matrix and integers):
-        return 2
-    return 4 if choice.kernel.startswith("quantized_gemm_blocked_integer") else 0
+    if choice.kernel.startswith(("quantized_gemm_blocked_integer", "quantized_fragments_integer")):
+        return 4
+    return 2 if choice.texels or (choice.matrix and integers) else 0
 
 
 def _product(case: Case, choice: Choice, operand: Activations, x_format: int, stored: Storing) -> Dispatch:
