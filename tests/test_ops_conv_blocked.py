@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from variants import DEVICES, GPU, assert_within, chosen_for
 
 from torchvk.graph import DType
-from torchvk.ops.conv_blocked import FLOAT, INTEGER, blocked
+from torchvk.ops.conv_blocked import BLOCKS, NARROW, blocked
 from torchvk.ops.convolution import Geometry
 
 # "together" and "pairs": groups share tiles; "taps": words of one step lie under several.
@@ -62,14 +62,14 @@ def test_kernels(name: str) -> None:
 
 
 def test_every_tile() -> None:
-    case = replace(CASES["together"], size=(25, 13))
-    seen = {*run_integer(test_ops_quantized_conv.Operands(case), slice(None))}
-    seen |= {*run_integer(test_ops_quantized_conv.Operands(replace(case, outputs=8)), slice(None))}
-    assert seen == {block.name for block in INTEGER}
+    names = {block.name for block in BLOCKS}
+    narrow = replace(CASES["together"], images=1, size=(21, 13))  # 121 pixels
+    seen = {*run_integer(test_ops_quantized_conv.Operands(narrow), slice(None))}
+    assert seen | {*run_integer(test_ops_quantized_conv.Operands(replace(narrow, outputs=8)), slice(None))} == names
+    wide = Convolution(1, (11, 11), (2, 2), (1, 1), (1, 1), (2, 2), 2, 8, 64)
     for dtype in ("float32", "float16"):
-        case = Convolution(1, (13, 13), (2, 2), (1, 1), (0, 1), (1, 1), 2, 8, 64)
-        operands = test_ops_conv.Operands(case, dtype, True, False, "none")
-        assert {*run_floats(operands, slice(None))} == {block.name for block in FLOAT}
+        assert run_floats(test_ops_conv.Operands(narrow, dtype, True, False, "none"), slice(None)) == [NARROW.name]
+        assert {*run_floats(test_ops_conv.Operands(wide, dtype, True, False, "none"), slice(None))} == names
 
 
 @pytest.mark.hypothesis
@@ -93,17 +93,18 @@ def test_choice() -> None:
         return [(each.block.name, each.together) for each in blocked(g, x, y, DEVICES[device])]
 
     assert names(geometry(56, 64, 64, 1), DType.INT8)[0] == ("32x32", 1)
-    assert names(geometry(112, 64, 64, 1), DType.INT8)[0] == ("128x64", 1)
-    # Tiles of 8 groups of 4 channels have 32 channels of y, or 8 of floating point, which has groups in pairs.
+    assert names(geometry(112, 64, 64, 1), DType.INT8)[0] == ("64x64", 1)
+    # 8 groups of 4 channels have 32 channels of y.
     assert names(geometry(112, 128, 128, 32), DType.INT8)[0] == ("128x32", 8)
-    assert names(geometry(112, 128, 128, 32), DType.FLOAT32)[0] == ("128x32", 2)
+    assert names(geometry(112, 128, 128, 32), DType.FLOAT32) == [("64x32x4", 8)]
+    assert names(geometry(112, 256, 256, 32), DType.FLOAT32) == [("64x32x4", 4)]
+    assert names(geometry(112, 512, 512, 32), DType.FLOAT32)[0] == ("128x32", 1)
     assert names(geometry(56, 64, 512, 16), DType.INT8)[0] == ("128x32", 1)  # 8 groups have 256 channels of y
     assert names(geometry(56, 128, 128, 128), DType.INT8) == []
     assert names(geometry(9, 6, 8, 1), DType.INT8) == names(geometry(9, 8, 6, 1), DType.INT8, DType.INT8) == []
     assert names(geometry(112, 64, 64, 1), DType.INT8, device="cpu_0") == []
     smallest = names(geometry(112, 64, 64, 1), DType.INT8, device="smallest")
     assert smallest
-    assert "128x64" not in dict(smallest)
     assert GPU.shared_memory >= max(
         each.block.shared for each in blocked(geometry(112, 64, 64, 1), DType.INT8, DType.INT8, GPU)
     )

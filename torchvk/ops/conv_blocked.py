@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
-from torchvk.ops.blocked import Block, pick, plausible
+from torchvk.ops.blocked import Block, pick
 from torchvk.ops.convolution import Geometry
 from torchvk.ops.operator import Capabilities, grid
 
 WORDS = 8  # of a step: of 4 bytes each, or floating-point numbers
-# From large to small; each line of shared memory has a word of 16 bytes more than its rows.
-INTEGER = (
-    Block("128x64", 128, 64, 256, WORDS, beside=256),
+# From large to small. In shared memory each word of all pixels begins 16 bytes behind the last one's end.
+BLOCKS = (
     Block("64x64", 64, 64, 128, WORDS, beside=256),
     Block("128x32", 128, 32, 128, WORDS, beside=256),
     Block("32x32", 32, 32, 64, WORDS, beside=256),
 )
-FLOAT = INTEGER[1:]
+# For floating-point groups of a few channels: four times as many words of pixels, for as many groups.
+PARTS = 4
+NARROW = Block("64x32x4", 64, 32, 64, WORDS, beside=4 * 2 * WORDS * ((PARTS - 1) * 64 + 4 * PARTS))
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,30 @@ def blocked(geometry: Geometry, x: DType, y: DType, capabilities: Capabilities) 
     whole = y is DType.FLOAT32 or g.group_outputs % 4 == 0
     if g.depthwise or capabilities.kind == "cpu" or g.group_channels % per_word or not whole:
         return []
-    blocks = [block for block in (INTEGER if x.bits == 8 else FLOAT) if block.fits(capabilities)]
-    together = _together(g, WORDS * (4 if x.bits == 8 else 1))
-    merged = replace(g, groups=g.groups // together)
-    if together > 1:
-        wide = [block for block in blocks if block.n >= merged.group_outputs]
-        together, merged, blocks = (together, merged, wide) if wide else (1, g, blocks)
-    if not blocks:
-        return []
-    sizes = (g.pixels, merged.group_outputs, merged.groups)
-    areas = {block: block.tiles(*sizes) * block.m * block.n for block in blocks}
-    first = pick([block for block in blocks if 4 * areas[block] <= 5 * min(areas.values())], capabilities, *sizes)
-    rest = (block for block in plausible(blocks, capabilities, *sizes) if block != first)
-    return [Blocked(block, merged, together) for block in (first, *rest)]
+    plans = [(BLOCKS, 4 * WORDS, 2)] if x.bits == 8 else [((NARROW,), PARTS * WORDS, PARTS), (BLOCKS, WORDS, 2)]
+    for blocks, step, least in plans:
+        together = _together(g, step, least)
+        merged = replace(g, groups=g.groups // together)
+        wide = [block for block in blocks if block.fits(capabilities) and block.n >= merged.group_outputs]
+        if together > 1 and wide:
+            return _best(wide, merged, together, capabilities)
+    fitting = [block for block in BLOCKS if block.fits(capabilities)]
+    return _best(fitting, g, 1, capabilities)
 
 
-def _together(g: Geometry, step: int) -> int:
-    """How many groups have a step's channels of x together; 1 where they do not come out even."""
+def _together(g: Geometry, step: int, least: int) -> int:
+    """How many groups have a step's channels of x together; 1 where they do not come out even, or are fewer."""
     count = step // g.group_channels
     even = count * g.group_channels == step and g.groups % max(count, 1) == 0
-    return count if count > 1 and even and g.group_outputs % 4 == 0 else 1
+    return count if count >= least and even and g.group_outputs % 4 == 0 else 1
+
+
+def _best(blocks: Sequence[Block], g: Geometry, together: int, capabilities: Capabilities) -> list[Blocked]:
+    """Those that do not lie outside of the result for the most part, the largest that keeps a GPU busy first."""
+    if not blocks:
+        return []
+    sizes = (g.pixels, g.group_outputs, g.groups)
+    areas = {block: block.tiles(*sizes) * block.m * block.n for block in blocks}
+    blocks = [block for block in blocks if 4 * areas[block] <= 5 * min(areas.values())]
+    first = pick(blocks, capabilities, *sizes)
+    return [Blocked(block, g, together) for block in (first, *(block for block in blocks if block != first))]
