@@ -23,7 +23,7 @@ from variants import DEVICES, EPSILON, HALF_EPSILON, Array, assert_within, chose
 from torchvk import ops
 from torchvk.graph import DType, TensorType
 from torchvk.ops.epilogue import apply_epilogue
-from torchvk.ops.quantized_conv import QuantizedConvAttributes
+from torchvk.ops.quantized_conv_case import QuantizedConvAttributes
 from torchvk.runtime import Session
 
 OPERATOR = ops.get("quantized_conv")
