@@ -183,12 +183,12 @@ def test_noise_behind_the_identifier(noise: bytes) -> None:
 class Sketch(GraphBuilder):
     """A builder that infers the outputs' types."""
 
-    def __call__(self, name: str, *inputs: int | None, **attributes: Any) -> int:
+    def __call__(self, name: str, *inputs: int | None, **attributes: Any) -> Any:
         operator = ops.get(name)
         types = [None if index is None else self.tensors[index].type for index in inputs]
         outputs = operator.infer(operator.attributes(**attributes), types)
-        (index,) = self.node(name, inputs, outputs, attributes, name=name)
-        return index
+        results = self.node(name, inputs, outputs, attributes, name=name)
+        return results[0] if len(results) == 1 else results
 
 
 F32 = DType.FLOAT32
@@ -239,7 +239,43 @@ def matrices() -> Graph:
     return sketch.build([projected, sketch("sum", scores, dims=(0,), keepdim=True), sketch("argmax", y, dim=1), more])
 
 
-GRAPHS = {"arithmetic": arithmetic(), "movement": movement(), "matrices": matrices()}
+def integers() -> Graph:
+    sketch = Sketch()
+    x = sketch.input("x", TensorType(F32, (1, 6, 5, 8)))
+    scale, zero = sketch(
+        "choose_qparams",
+        x,
+        blocks=[1, 1, 1, 1],
+        symmetric=False,
+        quant_min=-128,
+        quant_max=127,
+        eps=1e-5,
+        formula="pt2e",
+    )
+    q = sketch("quantize", x, scale, zero, dtype=DType.INT8, quant_min=-128, quant_max=127)
+    geometry = {"stride": [1, 2], "padding": [1, 0, 1, 1], "dilation": [1, 1], "input_dilation": [1, 1]}
+    weight = sketch.constant("weight", np.arange(-96, 96).reshape(4, 3, 2, 8).astype(np.int8))
+    grouped = sketch.constant("grouped", np.arange(72).reshape(4, 3, 3, 2).astype(np.int8) % 8, DType.INT4)
+    fours = sketch.constant("fours", np.full(4, 0.5, np.float32))
+    output = {"output_dtype": "int8", "output_scale": 0.25, "output_zero_point": 3, "output_min": -128}
+    output["output_max"] = 127
+    y = sketch("quantized_conv", q, weight, fours, fours, scale, zero, **geometry, activation="dynamic", **output)
+    given = {"input_scale": 0.25, "input_zero_point": 3}
+    more = {"stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "input_dilation": [2, 1], "groups": 2}
+    pooled = {"kernel": [2, 2], "stride": [1, 1], "padding": [1, 0], "output": [6, 2]}
+    z = sketch("quantized_avg_pool", y, **pooled, **given, **output)
+    z = sketch("quantized_adaptive_avg_pool", z, output=[2, 3], **given, **output)
+    reals = sketch("quantized_conv", z, grouped, fours, None, **more, activation="static", **given, epilogue="relu")
+    table = sketch.constant("table", np.arange(256).astype(np.uint8))
+    both = {"other_scale": 0.5, "other_zero_point": 7, **output}
+    sums = sketch("quantized_arithmetic", y, sketch("lookup", y, table), operation="add", **given, **both)
+    ids = sketch.input("ids", TensorType(DType.INT64, (3,)))
+    rows = sketch.constant("rows", np.arange(40).reshape(5, 8).astype(np.int8) % 4 - 2, DType.INT2)
+    steps = sketch.constant("steps", np.full((5, 2), 0.25, np.float32))
+    return sketch.build([reals, sums, sketch("quantized_embedding", rows, steps, ids, group_size=4)])
+
+
+GRAPHS = {"integers": integers(), "arithmetic": arithmetic(), "movement": movement(), "matrices": matrices()}
 
 plain = st.one_of(
     st.none(),
