@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from rich.table import Table
 from torchvk.errors import ArgumentError, TorchVkError
 
 if TYPE_CHECKING:
-    from torchvk.program import MethodDescription, Parameter
+    from torchvk.program import Method, MethodDescription, Parameter
 
 app = typer.Typer(
     name="torchvk",
@@ -150,17 +151,11 @@ def run(
     """Run a method on .npy files and write its outputs to .npy files."""
     import numpy as np
 
-    from torchvk.program import load
-
-    progress = Console(stderr=True)
-    loading = progress.status(f"Loading {model}")
-    options: Any = {"methods": [method], "matmul_precision": matmul_precision, "tune": tune}
-    with loading, load(model, device, **options) as program:
-        called = program.method(method)
+    with _loaded("Running", model, method, device, matmul_precision, tune) as called:
         arguments = [_read_input(text, position, called.parameters) for position, text in enumerate(inputs or [])]
-        progress_start = time.perf_counter()
+        start = time.perf_counter()
         result = called(*arguments)
-        seconds = time.perf_counter() - progress_start
+        seconds = time.perf_counter() - start
     results = result if isinstance(result, tuple) else (result,)
     paths = _write_outputs(results, outputs or [])
     arrays = [np.asarray(item) for item in results]
@@ -191,14 +186,9 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a method: time, share, GB/s and GFLOP/s of every operator. Without inputs: on random numbers."""
-    from torchvk.program import load
     from torchvk.program.profile import COLUMNS, cells_of
 
-    progress = Console(stderr=True)
-    loading = progress.status(f"Profiling {model}")
-    options: Any = {"methods": [method], "matmul_precision": matmul_precision, "tune": tune}
-    with loading, load(model, device, **options) as program:
-        called = program.method(method)
+    with _loaded("Profiling", model, method, device, matmul_precision, tune) as called:
         arguments: list[Any] = (
             [_read_input(text, position, called.parameters) for position, text in enumerate(inputs)]
             if inputs
@@ -206,10 +196,8 @@ def profile(
         )
         measured = called.profile(*arguments)
     if trace is not None:
-        try:
+        with _writing(trace):
             measured.write_trace(trace)
-        except OSError as error:
-            raise ArgumentError(f"{trace}: cannot be written: {error}") from error
     if as_json:
         _print_json(measured.plain())
         return
@@ -244,10 +232,8 @@ def compare(
         calls = _read_calls(inputs or [])
         result = compare_programs(reference, quantized, calls, device, method=method, matmul_precision=matmul_precision)
     if html is not None:
-        try:
+        with _writing(html):
             result.write_html(html)
-        except OSError as error:
-            raise ArgumentError(f"{html}: cannot be written: {error}") from error
     if as_json:
         _print_json(result.plain())
         return
@@ -288,6 +274,27 @@ def tune(
     _print_table(("operator", "count", "shape class", "variant", "µs", ""), rows, left=4)
     if any(result.source == "default" for result in tuning.results):
         print("Not all could be measured in that time; give more --seconds.")
+
+
+@contextmanager
+def _loaded(
+    doing: str, model: Path, method: str, device: str | None, matmul_precision: str | None, tune: bool | None
+) -> Iterator[Method]:
+    """The method of the file, on the device."""
+    from torchvk.program import load
+
+    options: Any = {"methods": [method], "matmul_precision": matmul_precision, "tune": tune}
+    with Console(stderr=True).status(f"{doing} {model}"), load(model, device, **options) as program:
+        yield program.method(method)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the file system names the file, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be written: {error}") from error
 
 
 def _read_input(text: str, position: int, parameters: Sequence[Parameter]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from torchvk.errors import FormatError
-from torchvk.graph.ir import Graph, Role
+from torchvk.graph.ir import Graph, Role, Tensor
 
 MAX_RANK = 8
 MAX_TENSORS = 1 << 20
@@ -24,32 +24,41 @@ def validate(graph: Graph) -> None:
     if count > MAX_TENSORS:
         raise FormatError(f"graph has {count} tensors, the limit is {MAX_TENSORS}")
     for index, tensor in enumerate(graph.tensors):
-        where = f"tensor {index} ({tensor.name!r})"
-        if len(tensor.shape) > MAX_RANK:
-            raise FormatError(f"{where} has rank {len(tensor.shape)}, the limit is {MAX_RANK}")
-        if any(size < 0 for size in tensor.shape):
-            raise FormatError(f"{where} has a negative size: {list(tensor.shape)}")
-        # Zero sizes must not hide an overflow of the others: count each as at least one.
-        if math.prod(max(size, 1) for size in tensor.shape) * 8 > MAX_TENSOR_BYTES:
-            raise FormatError(f"{where} is too large: {list(tensor.shape)}")
-        if (tensor.role is Role.CONSTANT) != (tensor.data is not None):
-            raise FormatError(
-                f"{where} with role {tensor.role.value} must {'' if tensor.data is None else 'not '}have data"
-            )
-        if tensor.dtype.packed and tensor.role is not Role.CONSTANT:
-            raise FormatError(f"{where} is {tensor.dtype.value}, which only constants can be")
-        if tensor.dtype.packed and not tensor.shape:
-            raise FormatError(f"{where} is {tensor.dtype.value} and a scalar: it is packed along the last dimension")
-        if tensor.data is not None:
-            begin, size = tensor.data.offset, tensor.data.size
-            if begin < 0 or size < 0 or begin % CONSTANT_ALIGNMENT or begin + size > len(graph.constants):
-                raise FormatError(
-                    f"{where}: bytes {begin}..{begin + size} are misaligned or outside the "
-                    f"{len(graph.constants)} bytes of constants"
-                )
-            if size != tensor.type.nbytes:
-                raise FormatError(f"{where}: {tensor.type} needs {tensor.type.nbytes} bytes, the file gives {size}")
+        _check_tensor(tensor, f"tensor {index} ({tensor.name!r})", len(graph.constants))
+    defined = _check_nodes(graph)
+    _check_ends(graph, defined)
 
+
+def _check_tensor(tensor: Tensor, where: str, constant_bytes: int) -> None:
+    if len(tensor.shape) > MAX_RANK:
+        raise FormatError(f"{where} has rank {len(tensor.shape)}, the limit is {MAX_RANK}")
+    if any(size < 0 for size in tensor.shape):
+        raise FormatError(f"{where} has a negative size: {list(tensor.shape)}")
+    # Zero sizes must not hide an overflow of the others: count each as at least one.
+    if math.prod(max(size, 1) for size in tensor.shape) * 8 > MAX_TENSOR_BYTES:
+        raise FormatError(f"{where} is too large: {list(tensor.shape)}")
+    if (tensor.role is Role.CONSTANT) != (tensor.data is not None):
+        raise FormatError(
+            f"{where} with role {tensor.role.value} must {'' if tensor.data is None else 'not '}have data"
+        )
+    if tensor.dtype.packed and tensor.role is not Role.CONSTANT:
+        raise FormatError(f"{where} is {tensor.dtype.value}, which only constants can be")
+    if tensor.dtype.packed and not tensor.shape:
+        raise FormatError(f"{where} is {tensor.dtype.value} and a scalar: it is packed along the last dimension")
+    if tensor.data is not None:
+        begin, size = tensor.data.offset, tensor.data.size
+        if begin < 0 or size < 0 or begin % CONSTANT_ALIGNMENT or begin + size > constant_bytes:
+            raise FormatError(
+                f"{where}: bytes {begin}..{begin + size} are misaligned or outside the {constant_bytes} bytes of "
+                "constants"
+            )
+        if size != tensor.type.nbytes:
+            raise FormatError(f"{where}: {tensor.type} needs {tensor.type.nbytes} bytes, the file gives {size}")
+
+
+def _check_nodes(graph: Graph) -> list[bool]:
+    """Which tensors have a value in the end."""
+    count = len(graph.tensors)
     defined = [tensor.role in (Role.INPUT, Role.CONSTANT) for tensor in graph.tensors]
     for position, node in enumerate(graph.nodes):
         where = f"node {position} ({node.op!r})"
@@ -64,7 +73,12 @@ def validate(graph: Graph) -> None:
             if defined[output]:
                 raise FormatError(f"{where} writes tensor {output}, which already has a value")
             defined[output] = True
+    return defined
 
+
+def _check_ends(graph: Graph, defined: list[bool]) -> None:
+    """Inputs and outputs."""
+    count = len(graph.tensors)
     for label, positions in (("input", graph.inputs), ("output", graph.outputs)):
         for position in positions:
             if not 0 <= position < count:

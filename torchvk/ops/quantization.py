@@ -274,52 +274,29 @@ def quantization(
     results = (scratch_write(0), scratch_write(1))
     sizes: tuple[int, ...] = (rows.m * rows.columns * (4 if floats else 1), 8 * rows.m)
     x_bytes = rows.m * rows.k * rows.dtype.bits // 8
-    constants = rows.constants(local_size, scheme, floats)
     source = read(x, texels=texels)
-    groups = grid(rows.m, capabilities, 1)
+
+    def over(kernel: str, *buffers: Arg, nbytes: int) -> Dispatch:
+        """A workgroup a row."""
+        constants = rows.constants(local_size, scheme, floats)
+        groups = grid(rows.m, capabilities, 1)
+        return Dispatch(f"{kernel}{suffix}", buffers, groups, constants, rows.push(scheme), bytes=nbytes)
+
     if scheme.per_token:
-        one = Dispatch(
-            f"quantize_tokens{suffix}",
-            (source, *results),
-            groups,
-            constants,
-            rows.push(scheme),
-            bytes=x_bytes + sum(sizes),
-        )
-        return (one,), sizes
-    dispatches = [
-        Dispatch(
-            f"quantize_range{suffix}", (source, scratch_write(2)), groups, constants, rows.push(scheme), bytes=x_bytes
-        )
-    ]
+        return (over("quantize_tokens", source, *results, nbytes=x_bytes + sum(sizes)),), sizes
+    dispatches = [over("quantize_range", source, scratch_write(2), nbytes=x_bytes)]
     sizes = (*sizes, 8 * rows.m)
-    ranges = 2
     if rows.m > 1:
+        # The range of the rows' ranges.
         width = -(-2 * rows.m // 4) * 4
         lengths = Rows(1, 2 * rows.m, DType.FLOAT32, width, width, width)
-        local_of_ranges = _variant(width, texels, capabilities)[1]
-        dispatches.append(
-            Dispatch(
-                f"quantize_range{suffix}",
-                (scratch_read(2, texels=texels), scratch_write(3)),
-                (1, 1, 1),
-                lengths.constants(local_of_ranges, scheme),
-                lengths.push(scheme),
-                bytes=8 * rows.m,
-            )
-        )
+        constants = lengths.constants(_variant(width, texels, capabilities)[1], scheme)
+        buffers = (scratch_read(2, texels=texels), scratch_write(3))
+        push = lengths.push(scheme)
+        dispatches.append(Dispatch(f"quantize_range{suffix}", buffers, (1, 1, 1), constants, push, bytes=8 * rows.m))
         sizes = (*sizes, 8)
-        ranges = 3
-    dispatches.append(
-        Dispatch(
-            f"quantize_tensor{suffix}",
-            (source, scratch_read(ranges), *results),
-            groups,
-            constants,
-            rows.push(scheme),
-            bytes=x_bytes + sizes[0],
-        )
-    )
+    ranges = scratch_read(len(sizes) - 1)
+    dispatches.append(over("quantize_tensor", source, ranges, *results, nbytes=x_bytes + sizes[0]))
     return tuple(dispatches), sizes
 
 

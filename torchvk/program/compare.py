@@ -128,18 +128,7 @@ def compare(
             )
         calls = _calls(inputs)
         sums = {path: _Sums() for path in common}
-        results: list[_Sums] = []
-        for call in calls:
-            left, right = ours.run(call), theirs.run(call)
-            for path in common:
-                sums[path].add(left.values[path], right.values[path][0])
-            results = results or [_Sums() for _ in right.outputs]
-            if len(left.outputs) != len(right.outputs):
-                raise ArgumentError(
-                    f"{ours.name} gives {len(left.outputs)} outputs, {theirs.name} {len(right.outputs)}"
-                )
-            for entry, a, b in zip(results, left.outputs, right.outputs, strict=True):
-                entry.add([a], b)
+        results = _add_calls(ours, theirs, calls, sums)
         # What has another number of elements is not the same layer.
         sums = {path: entry for path, entry in sums.items() if entry.signal}
         rows = {path: _row(path, layers[path], sums) for path in sums}
@@ -155,6 +144,21 @@ def compare(
             tuple(path for path in known if path not in sums),
             tuple(path for path in layers if path not in sums),
         )
+
+
+def _add_calls(ours: _Opened, theirs: _Opened, calls: Sequence[Any], sums: dict[str, _Sums]) -> list[_Sums]:
+    """Run both on all calls; ``sums`` are those of the layers, what is returned those of the outputs."""
+    results: list[_Sums] = []
+    for call in calls:
+        left, right = ours.run(call), theirs.run(call)
+        for path, entry in sums.items():
+            entry.add(left.values[path], right.values[path][0])
+        results = results or [_Sums() for _ in right.outputs]
+        if len(left.outputs) != len(right.outputs):
+            raise ArgumentError(f"{ours.name} gives {len(left.outputs)} outputs, {theirs.name} {len(right.outputs)}")
+        for entry, a, b in zip(results, left.outputs, right.outputs, strict=True):
+            entry.add([a], b)
+    return results
 
 
 def cells_of(row: LayerComparison) -> tuple[str, ...]:
