@@ -13,6 +13,7 @@ import torch
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 
 import torchvk
+from tests.pt2e import find
 from torchvk.graph import Graph, from_bytes
 from torchvk.partitioner.vulkan_partitioner import Refusal, VulkanPartitioner
 
@@ -81,6 +82,26 @@ def assert_same(module: torch.nn.Module, inputs: Sequence[Any], tolerance: float
     with torch.no_grad():
         expected = module(*inputs)
     compare(lowered.run(*inputs), expected, tolerance)
+    return lowered
+
+
+def agree(converted: torch.fx.GraphModule, x: torch.Tensor, steps: float = 1.0) -> Lowered:
+    """Lower; outputs differ from the converted module's by rounding, or ``steps`` of the last quantization.
+
+    Whatever stays on the CPU has a reason in words.
+    """
+    with torch.no_grad():
+        expected = converted(x)
+        lowered = lower_program(torch.export.export(converted, (x,)))
+    (y,) = lowered.run(x)
+    quantize = find(converted, "quantized_decomposed.quantize_per_tensor.default")
+    step = quantize[-1].args[1] * steps if quantize else 0.0
+    assert y.shape == expected.shape
+    assert float((y - expected).abs().max()) <= step + 1e-5 * float(expected.abs().max())
+    # A value that lies within rounding of the middle between two steps may go to either; few do.
+    assert float(((y - expected).abs() > 1e-5 * expected.abs().max()).float().mean()) <= 0.02
+    assert all(refusal.reason for refusal in lowered.report)
+    assert bool(lowered.report) == bool(lowered.cpu)
     return lowered
 
 

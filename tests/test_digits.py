@@ -19,6 +19,8 @@ from tests.edge import lower_program
 from tests.models.blocks import ConvNorm
 from tests.schemes import quantized, trained_quantized
 
+pytestmark = pytest.mark.xdist_group("digits")  # one process trains each network once
+
 # Points of accuracy that a scheme may lose against float32.
 ALLOWED = {"fp32": 0.0, "static": 0.5, "4w": 1.0, "4w-channel": 1.0}
 FLOAT_ACCURACY = {"cnn": 96.0, "transformer": 94.0}

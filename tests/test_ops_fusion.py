@@ -13,6 +13,7 @@ from variants import DEVICES
 from torchvk.graph import DType, Graph, TensorType
 from torchvk.graph.build import GraphBuilder
 from torchvk.runtime import order
+from torchvk.runtime.device import open_device
 from torchvk.runtime.hazards import hazards
 from torchvk.runtime.plan import make_plan
 
@@ -45,23 +46,21 @@ def kernels(graph: Graph, capabilities: Any) -> list[str]:
 
 
 @pytest.mark.usefixtures("device_kind")
+@pytest.mark.parametrize("device_kind", ["gpu"], indirect=True)  # elsewhere nothing is fused
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("rows", [1, 7, 40])
-@pytest.mark.parametrize("width", [32, 96, 384])
+@pytest.mark.parametrize("width", [64, 96, 384])
 @pytest.mark.parametrize(
     "scheme", [{}, {"symmetric": True, "quant_min": -127}, {"qparams": "pt2e"}, {"qparams": "pt2e", "symmetric": True}]
 )
 def test_the_same_bits(
-    rng: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: str,
-    rows: int,
-    width: int,
-    scheme: dict[str, Any],
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, scheme: dict[str, Any]
 ) -> None:
+    rows = int(rng.choice([7, 40]))  # a single row is quantized where it is multiplied
     graph = layer_norm_and_linears(rng, rows, width, dtype, **scheme)
     x = (3 * rng.standard_normal((rows, width)) + 1).astype(dtype)
-    x[rows // 2, width // 3] = np.inf if rows == 7 else 100
+    x[rows // 2, width // 3] = rng.choice([np.inf, 100])
+    capabilities = open_device().physical.capabilities()
+    assert kernels(graph, capabilities)[0].endswith("_quantize")
     fused = run_graph(graph, [x])
     monkeypatch.setattr(order, "fuse", lambda producer, consumer: None)
     for a, b in zip(fused, run_graph(graph, [x]), strict=True):

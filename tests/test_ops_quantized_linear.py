@@ -124,7 +124,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "device_kind"),
+    [
+        (case, kind)
+        for case in CASES
+        for kind in ("cpu", "cpu without shuffles", "gpu", "gpu of tier 0")
+        # Without shuffles only the way that x takes to the lanes differs.
+        if kind != "cpu without shuffles" or case in CASES[:4]
+    ],
+    ids=str,
+    indirect=["device_kind"],
+)
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
 def test_every_kernel_gives_the_product(case: Any, activation: str, device_kind: str, rng: np.random.Generator) -> None:
     shape, n, group = case
@@ -169,6 +180,7 @@ def test_zero_points_of_weights(activation: str, device_kind: str, rng: np.rando
         check(attributes(group, activation, dtype), inputs, bits)
 
 
+@pytest.mark.parametrize("device_kind", ["cpu", "gpu", "gpu of tier 0"], indirect=True)
 @pytest.mark.parametrize("activation", ["none", "dynamic_per_token"])
 @pytest.mark.parametrize(
     ("epilogue", "m", "n"), [("sum_relu", 1, 9), ("gelu", 6, 34), ("gelu_tanh", 3, 16), ("silu", 40, 7)]

@@ -6,34 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.quantization.pt2e import move_exported_model_to_eval
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-from tests.edge import Lowered, lower_program
-from tests.pt2e import find, quantize
+from tests.edge import agree
+from tests.pt2e import quantize
 from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
 
 pytestmark = pytest.mark.export
-
-
-def agree(converted: torch.fx.GraphModule, x: torch.Tensor, steps: float = 1.0) -> Lowered:
-    """Lower; outputs differ from the converted module's by rounding, or ``steps`` of the last quantization.
-
-    Whatever stays on the CPU has a reason in words.
-    """
-    with torch.no_grad():
-        expected = converted(x)
-        lowered = lower_program(torch.export.export(converted, (x,)))
-    (y,) = lowered.run(x)
-    quantize = find(converted, "quantized_decomposed.quantize_per_tensor.default")
-    step = quantize[-1].args[1] * steps if quantize else 0.0
-    assert y.shape == expected.shape
-    assert float((y - expected).abs().max()) <= step + 1e-5 * float(expected.abs().max())
-    # A value that lies within rounding of the middle between two steps may go to either; few do.
-    assert float(((y - expected).abs() > 1e-5 * expected.abs().max()).float().mean()) <= 0.02
-    assert all(refusal.reason for refusal in lowered.report)
-    assert bool(lowered.report) == bool(lowered.cpu)
-    return lowered
 
 
 @pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33)])
@@ -135,20 +113,3 @@ def test_mixture_of_schemes() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
     x = torch.randn(5, 16)
     agree(quantize(model, (x,), quantizer), x, steps=4)
-
-
-@pytest.mark.parametrize(
-    ("norm", "config"), [(nn.BatchNorm2d(4), {"is_static": True}), (nn.Identity(), {"is_dynamic": True})], ids=str
-)
-def test_after_training(norm: nn.Module, config: dict[str, bool]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-    x = torch.randn(4, 3, 6, 6)
-    quantizer = VulkanQuantizer().set_global(get_symmetric_quantization_config(is_qat=True, **config))
-    prepared = prepare_qat_pt2e(torch.export.export(model, (x,)).module(), quantizer)
-    for _ in range(3):
-        prepared(x).sum().backward()
-    move_exported_model_to_eval(prepared)
-    converted = convert_pt2e(prepared)
-    move_exported_model_to_eval(converted)
-    agree(converted, x)

@@ -14,6 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 
 import torchvk.errors
+from tests.edge import agree
 from tests.pt2e import CHOOSE, DEQUANTIZE_CHANNEL, arithmetic, convert, find, operators, prepare, quantize, sqnr
 from torchvk.quantizer.vulkan_quantizer import VulkanQuantizer, get_symmetric_quantization_config
 
@@ -216,7 +217,7 @@ def trained(
     ids=str,
 )
 def test_training_converts(norm: bool, config: dict[str, Any]) -> None:
-    """The loss falls, batch norm is folded, and the converted model computes what training saw."""
+    """The loss falls, batch norm is folded, and the converted model computes what training saw; lowered, too."""
     prepared, converted, losses = trained(config, norm)
     assert losses[-1] < 0.8 * losses[0]
     names = arithmetic(converted)
@@ -230,6 +231,8 @@ def test_training_converts(norm: bool, config: dict[str, Any]) -> None:
         assert all(buffer.abs().max() <= 8 for buffer in integers)
     with torch.no_grad():
         assert sqnr(prepared.y, converted(prepared.x)) > 25
+    if norm or config == {"is_dynamic": True}:
+        agree(converted, prepared.x)
 
 
 def test_training_sees_values_per_token_as_converted() -> None:

@@ -257,11 +257,12 @@ def test_batch_norm_alone_and_integers_stay_as_they_are() -> None:
     def function(bn: nn.Module, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         return bn(x) + torch.cat([i + 1, i * 2]).sum()
 
+    # (Not converted: with batch norm, torchao exports a hundred patterns to look for.)
     model, inputs = Apply(function, BN(4)).eval(), (image(), torch.arange(3))
-    converted = quantize(model, inputs, is_static=True)
-    for name in ("aten.mul.Tensor", "aten.cat.default"):
-        (node,) = find(converted, name)
-        assert quantized_inputs(node) == [None] * len(quantized_inputs(node))
+    prepared = prepare(model, inputs, VulkanQuantizer().set_global(get_symmetric_quantization_config(is_static=True)))
+    for name in ("aten.batch_norm.default", "aten.mul.Tensor", "aten.cat.default"):
+        (node,) = find(prepared, name)
+        assert all(other.op != "call_module" for other in (*node.all_input_nodes, *node.users))
 
 
 def test_constant_operand_is_stored_quantized() -> None:
