@@ -11,6 +11,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 import torchvk.errors
+from tests.edge import lower_program
 from tests.pt2e import (
     DEQUANTIZE,
     DEQUANTIZE_CHANNEL,
@@ -330,6 +331,31 @@ def test_calibration_with_infinite_values_alone() -> None:
         prepared(torch.full((3, 4), float("inf")))
     with pytest.raises(torchvk.errors.ArgumentError, match="no range is known for the activation inputs_0"):
         convert_pt2e(prepared)
+
+
+def test_values_without_a_scale_are_errors_that_name_the_module() -> None:
+    for config in ({}, {"is_dynamic": True}, {"is_static": True}, {"weight_bits": 4, "group_size": 2}):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        with torch.no_grad():
+            model[1].weight[0, 1] = float("nan")
+        with pytest.raises(torchvk.errors.ArgumentError, match="the weight of 1 holds NaN"):
+            convert(model, torch.ones(3, 4), **config)
+    nan = torch.full((3, 4), float("nan"))
+    with pytest.raises(torchvk.errors.ArgumentError, match="the activation input_1 was NaN"):
+        convert(nn.Sequential(nn.Linear(4, 2)), nan, is_static=True)
+
+
+def test_damaged_scales_are_errors_that_name_the_module() -> None:
+    """PT2E's nodes of a weight are of no module: it is that of their reader."""
+    for model, words in (
+        (nn.Linear(4, 2), "weight of 0 is damaged"),
+        (nn.Conv1d(4, 2, 1), "module '0': the scale inf"),
+    ):
+        x = torch.ones(3, 4, 1) if isinstance(model, nn.Conv1d) else torch.ones(3, 4)
+        converted = convert(nn.Sequential(model), x)
+        converted._scale_0.fill_(float("inf"))
+        with pytest.raises(torchvk.errors.ArgumentError, match=words):
+            lower_program(torch.export.export(converted, (x,)))
 
 
 def test_constant_and_zero_activations() -> None:

@@ -102,6 +102,18 @@ def module_path(node: Node) -> str:
     return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path).lstrip(".")
 
 
+def module_for(node: Node) -> str:
+    """:func:`module_path`; where a node has none (PT2E's of a weight), that of the first of its readers that has."""
+    nodes, seen = [node], {node}
+    for each in nodes:
+        if path := module_path(each):
+            return path
+        new = [user for user in each.users if user not in seen]
+        nodes += new
+        seen.update(new)
+    return ""
+
+
 def module_types(node: Node) -> tuple[str, ...]:
     """Qualified names of the classes of the modules that the node comes from, from the root inwards."""
     names = []

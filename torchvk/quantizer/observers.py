@@ -40,25 +40,38 @@ class _Calibrated:
     min_val: torch.Tensor
     max_val: torch.Tensor
 
+    @property
+    def _name(self) -> str:
+        return f" {self.where}" if self.where else ""
+
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (float32) and zero point (int32), each of shape [1].
 
         Raises ``ArgumentError`` when no data came by, or some that is not finite.
         """
-        name = f" {self.where}" if self.where else ""
         if not bool((self.min_val <= self.max_val).all()):  # they start at +inf and -inf; NaN compares false
             raise ArgumentError(
-                f"no range is known for the activation{name}: run the prepared model on representative inputs "
+                f"no range is known for the activation{self._name}: run the prepared model on representative inputs "
                 "(calibration, or training) before convert_pt2e"
             )
         if not bool(torch.isfinite(self.max_val - self.min_val).all()):
-            raise ArgumentError(f"the activation{name} had infinite values in calibration: it has no scale")
+            raise ArgumentError(f"the activation{self._name} had infinite values in calibration: it has no scale")
         parameters: tuple[torch.Tensor, torch.Tensor] = super().calculate_qparams()  # type: ignore[misc]
         return parameters
 
 
 class CalibratedObserver(_Calibrated, HistogramObserver):  # type: ignore[misc]  # torchao is untyped
     """Takes a histogram, and from it the range with the least squared error."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` itself. Infinite values are not counted; raises ``ArgumentError`` for NaN."""
+        if bool(torch.isnan(x).any()):
+            raise ArgumentError(
+                f"the activation{self._name} was NaN in calibration: calibrate with other inputs, or switch "
+                "quantization off there (set_module_name or set_object_type with None)"
+            )
+        result: torch.Tensor = super().forward(x)
+        return result
 
 
 class CalibratedAverage(_Calibrated, MovingAverageMinMaxObserver):  # type: ignore[misc]

@@ -164,6 +164,8 @@ class VulkanQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     ) -> None:
         """Show every weight to its observer at once, and tell the other observers whose values they will see.
 
+        Raises ``ArgumentError``, which names the module, for a weight that is not finite.
+
         Otherwise a model converted without a calibration run would have all weight scales 1. Weights do not depend
         on calibration data, and observing them once more when it comes changes nothing.
         """
@@ -175,13 +177,19 @@ class VulkanQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
                 if isinstance(edge, tuple):
                     argument, user = edge
                     if is_weight(argument, user) and argument in constants:
-                        observer(constant_value(model, argument))
+                        observer(_finite(constant_value(model, argument), module_path(user) or user.name))
                         continue
                 where = edge[0] if isinstance(edge, tuple) else edge
                 range_of = getattr(observer, "activation_post_process", observer)
                 if hasattr(range_of, "where"):
                     path = module_path(where)
                     range_of.where = f"{where.name} (of the module {path})" if path else where.name
+
+
+def _finite(weight: torch.Tensor, where: str) -> torch.Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise ArgumentError(f"the weight of {where} holds NaN or infinite values: it has no scale")
+    return weight
 
 
 def _checked(config: QuantizationConfig | None) -> QuantizationConfig | None:

@@ -13,7 +13,7 @@ from torchvk.errors import ArgumentError
 from torchvk.graph import DType, TensorType
 from torchvk.lowering.draft import Array, Value, constant
 from torchvk.lowering.refusal import Refused
-from torchvk.lowering.source import Source, module_path, operator_name
+from torchvk.lowering.source import Source, module_for, operator_name
 from torchvk.lowering.translate.registry import arguments
 from torchvk.lowering.types import to_numpy
 
@@ -115,7 +115,7 @@ def described(
     for operand in (scale, zero_point):
         if isinstance(operand, Node) and not source.is_constant(operand):
             raise Refused(f"{operand.name}, which quantizes its weight, is not a constant")
-    where, size = module_path(node) or data.name, (int(block[0]), int(block[1]))
+    where, size = module_for(node) or data.name, (int(block[0]), int(block[1]))
     weight = QuantizedWeight(data, scale, zero_point, size, int(limits[0]), int(limits[1]), where, packed)
     _check_blocks(weight)
     return weight

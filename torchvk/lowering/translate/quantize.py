@@ -16,6 +16,7 @@ from torchvk.errors import ArgumentError
 from torchvk.graph import DType
 from torchvk.lowering.draft import Array, Value
 from torchvk.lowering.refusal import Refused
+from torchvk.lowering.source import module_for
 from torchvk.lowering.translate.registry import Translator, dim_of, torch_dtype, translates
 from torchvk.lowering.types import type_of
 from torchvk.ops.quantize import Formula
@@ -84,7 +85,8 @@ def bounds(low: Bound, high: Bound) -> tuple[int | None, int | None]:
 
 
 def _bad(t: Translator, words: str) -> ArgumentError:
-    module = f"the module {t.source!r}" if t.source else "the model"
+    path = module_for(t.node)
+    module = f"the module {path!r}" if path else "the model"
     return ArgumentError(f"{t.node.name} of {module}: {words}")
 
 
