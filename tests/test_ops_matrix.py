@@ -202,29 +202,37 @@ def test_infinite_columns_stay_away(rng: np.random.Generator) -> None:
 
 @needs_matrices
 @pytest.mark.parametrize(
-    ("bits", "m", "n", "k", "group", "dtype"),
+    ("bits", "m", "n", "k", "group", "dtype", "zeros"),
     [
-        (4, 33, 35, 96, 32, "float16"),
-        (4, 41, 33, 120, 24, "float32"),
-        (4, 32, 64, 128, 128, "float16"),
-        (8, 20, 50, 96, 16, "float16"),
-        (8, 50, 66, 100, 100, "float16"),
-        (8, 17, 40, 256, 64, "float32"),
+        (4, 33, 35, 96, 32, "float16", False),
+        (4, 41, 33, 120, 24, "float32", True),
+        (4, 32, 64, 128, 128, "float16", True),
+        (4, 19, 34, 96, 16, "float16", True),
+        (8, 20, 50, 96, 16, "float16", False),
+        (8, 50, 66, 100, 100, "float16", False),
+        (8, 17, 40, 256, 64, "float32", True),
+        (2, 35, 33, 96, 32, "float16", True),
+        (2, 33, 35, 80, 16, "float32", False),
     ],
 )
-def test_quantized_linear(bits: int, m: int, n: int, k: int, group: int, dtype: str, rng: np.random.Generator) -> None:
+def test_quantized_linear(
+    bits: int, m: int, n: int, k: int, group: int, dtype: str, zeros: bool, rng: np.random.Generator
+) -> None:
     low = -(1 << (bits - 1))
     x, bias, residual = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n,), (m, n)))
     weight = rng.integers(low, -low, (n, k)).astype(np.int8)
     scale = rng.uniform(0.01, 0.1, (n, k // group)).astype(dtype)
-    wide = (weight.reshape(n, -1, group) * scale[..., None].astype(np.float64)).reshape(n, k)
+    zero = rng.integers(low, -low, scale.shape).astype(np.int8) if zeros else None
+    numbers = weight.reshape(n, -1, group).astype(np.float64)
+    numbers = numbers if zero is None else numbers - zero[..., None]
+    wide = (numbers * scale[..., None]).reshape(n, k)
     exact = apply_epilogue("silu", x.astype(np.float64) @ wide.T + bias, None) + residual
     # Weight, scale and x are rounded to float16; SiLU's slope is below 1.1.
     size = np.abs(x.astype(np.float64)) @ np.abs(wide).T
     bound = 1.1 * (3 * HALF_EPSILON + (k + 2) * EPSILON) * size + 4 * EPSILON * (np.abs(exact) + np.abs(residual) + 1)
-    options: Any = {"changes": {"matmul_precision": "high"}, "int4": (1,) if bits == 4 else ()}
+    options: Any = {"changes": {"matmul_precision": "high"}, **({f"int{bits}": (1,)} if bits < 8 else {})}
     settings = attributes(group, dtype=np.dtype(dtype).type, epilogue="silu")
-    for _, got in all_variants("quantized_linear", settings, [x, weight, scale, bias, residual], **options):
+    for _, got in all_variants("quantized_linear", settings, [x, weight, scale, bias, residual, zero], **options):
         assert_within(got, exact, bound, dtype)
 
 

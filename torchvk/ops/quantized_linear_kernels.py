@@ -72,14 +72,17 @@ def _choices(
     return tuple((choice.kernel, choice) for choice in choices)
 
 
-def float_choices(m: int, packing: Packing, dtype: DType, capabilities: Capabilities) -> list[tuple[str, Choice]]:
+def float_choices(
+    m: int, packing: Packing, dtype: DType, capabilities: Capabilities, zeros: bool = False
+) -> list[tuple[str, Choice]]:
     """Products of float16 cooperative matrices for m rows of floating-point activations, by name, best first. float32
-    ones are rounded to float16 where that is allowed."""
+    ones are rounded to float16 where that is allowed. Weights with zero points, and those of 2 bits, pass through
+    shared memory."""
     if m <= MAX_GEMV_ROWS or capabilities.kind == "cpu":
         return []
     if dtype is DType.FLOAT32 and capabilities.matmul_precision == "highest":
         return []
-    choices = fragment_choices(m, packing, False, capabilities)
+    choices = [] if zeros or packing.few_bits else fragment_choices(m, packing, False, capabilities)
     tiles = candidates(tiles_of(TILES, capabilities, "float16", "float32"), m, packing.n)
     return choices + [(tile.name, matrix_choice(tile)) for tile in tiles]
 
@@ -106,11 +109,9 @@ def variants(case: Case) -> Variants:
     few = few_rows(case)
     choices: list[tuple[str, Choice]] = []
     most = 2 if few else None
-    if case.zeros or packing.few_bits:
-        pass  # The kernels of matrix units have neither.
-    elif case.scheme is None:
-        choices = float_choices(m, packing, case.x.dtype, capabilities)[:most]
-    elif m > FEW_ROWS:
+    if case.scheme is None:
+        choices = float_choices(m, packing, case.x.dtype, capabilities, case.zeros)[:most]
+    elif m > FEW_ROWS and not case.zeros and not packing.few_bits:  # Integer products on matrix units have neither.
         choices = fragment_choices(m, packing, True, capabilities)
         for tiles in list(integer_candidates(m, packing, capabilities))[:most]:
             kernel = tiles.kernel(packing.groups == 1)
@@ -224,7 +225,7 @@ def _product(case: Case, choice: Choice, operand: Activations, x_format: int, st
     if choice.matrix and integers:
         sums = (weights if packing.groups > 1 else read(WEIGHT, weight_sums(packing)),)
     zero_points: tuple[Arg, ...] = ()
-    if not choice.matrix:
+    if not choice.matrix or not (integers or choice.fragment):
         layout = packing.scale_layout(DType.INT8) if texels else None
         zero_points = (read(ZERO_POINT, layout, texels) if case.zeros else weights,)
     # Bytes of an element of x as the kernel reads it.
@@ -290,7 +291,7 @@ def _matrix_constants(case: Case, fragment: Fragment | None, half_x: int) -> tup
         return (case.half_scale, packing.units, *groups, zero_points)
     sizes = (packing.units, packing.units_per_group, packing.groups == 1)
     if fragment is None:
-        return (half_x, case.half_scale, *sizes)
+        return (half_x, case.half_scale, *sizes, case.zeros)
     slots, slot_shift, lane_shift = fragment.slots() or (1, 0, 0)
     return (half_x, case.half_scale, *sizes, slot_shift, lane_shift, slots)
 

@@ -64,7 +64,7 @@ class Packing:
 
     @property
     def few_bits(self) -> bool:
-        """Less than the kernels of matrix units take."""
+        """Fewer than fit into fragments of matrices, and than integer products on matrix units take."""
         return self.bits == 2
 
     def rows(self, m: int, dtype: DType) -> Rows:
