@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -300,6 +301,17 @@ def test_out_variants_that_only_executorch_has() -> None:
     scale, zero_point = program(torch.tensor([-1.0, 0, 2, 3]))
     assert scale.item() == pytest.approx(4 / 255)
     assert zero_point.item() == round(-128 + 255 / 4)
+
+
+def test_out_variants_of_executorch_are_left_alone() -> None:
+    """Once they are loaded they exist in torch, too; given an output to be resized, they end the process."""
+    importlib.import_module("executorch.kernels.quantized")
+    values = [tensor((2, 3)), 0.5, 0, -128, 127, 1, tensor((0,), "int8")]
+    operator = ("quantized_decomposed::quantize_per_tensor", "out")
+    assert hasattr(torch.ops.quantized_decomposed.quantize_per_tensor, "out")
+    program = torchvk.load(write(Plan(values, [0], [6], [call(0, *range(7))], [operator])))
+    with pytest.raises(TorchVkError):
+        program(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,9 @@ def _from_torch(name: str, torch: Any, custom: Collection[str]) -> Kernel | None
         import_torch(f"operator {name} needs {package}, which is not installed", package)
         import_torch(f"operator {name} needs {module}", module)
     packet = getattr(getattr(torch.ops, space), base, None)
-    for candidate in (overload, *_functional(overload)):
+    candidates = (overload, *_functional(overload))
+    # Out variants of these are there once executorch's library is loaded, and end the process on shapes that grow.
+    for candidate in reversed(candidates) if space in REGISTERED_BY else candidates:
         found = getattr(packet, candidate, None)
         qualified = f"{space}::{base}" + ("" if candidate == "default" else f".{candidate}")
         # Only the dispatcher's operators: TorchScript has more under the same names, aten::save among them.
