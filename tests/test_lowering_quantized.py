@@ -140,32 +140,30 @@ def test_any_number_of_channels() -> None:
 
 
 @pytest.mark.parametrize("config", [Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig])
-@pytest.mark.parametrize("group", [16, 64, 128, 256])
-def test_group_sizes(config: Any, group: int) -> None:
+def test_group_sizes(config: Any) -> None:
     torch.manual_seed(0)
-    lowered = assert_same(
-        torchao(Linears([(256, 9, True)]), config(torch.int4, PerGroup(group))), (torch.randn(3, 256),)
-    )
-    assert [a["group_size"] for a in attributes_of(lowered.graph)] == [group]
+    groups = [16, 64, 128, 256]
+    module = Linears([(256, 9, True)] * len(groups))
+    for layer, group in zip(module.layers, groups, strict=True):
+        torchao(layer, config(torch.int4, PerGroup(group)))
+    lowered = assert_same(module, tuple(torch.randn(3, 256) for _ in groups))
+    assert [a["group_size"] for a in attributes_of(lowered.graph)] == groups
 
 
 @pytest.mark.parametrize("scale", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("model", [torch.float32, torch.float16])
 def test_dtypes(model: torch.dtype, scale: torch.dtype) -> None:
-    """Models and scales in float32, float16 and bfloat16; torchao's two ways in one module each."""
+    """Models and scales in float32, float16 and bfloat16, in torchao's two ways."""
     torch.manual_seed(0)
     tolerance = FLOAT32 if model == torch.float32 else FLOAT16
-    module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8, bias=False)).to(model)
-    quantize_(module[0], IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=scale))
-    quantize_(module[1], Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32), weight_scale_dtype=scale))
-    unwrap_tensor_subclass(module)
-    lowered = lower_module(module, (torch.randn(5, 64).to(model),))
+    module = Linears([(64, 32, True), (32, 8, False)]).to(model)
+    torchao(module.layers[0], IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=scale))
+    dynamic = Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32), weight_scale_dtype=scale)
+    torchao(module.layers[1], dynamic)
+    lowered = assert_same(module, (torch.randn(5, 64).to(model), torch.randn(5, 32).to(model)), tolerance)
     assert lowered.operators() == {"quantized_linear": 2}
     stored = {str(lowered.graph.tensors[node.inputs[2]].dtype.value) for node in lowered.graph.nodes}
     assert stored == {"float16" if scale == torch.float16 else "float32"}
-    # Layer by layer: a rounding of the first layer's output would move activations to other integers in the second.
-    for layer, k in ((module[0], 64), (module[1], 32)):
-        assert_same(layer, (torch.randn(5, k).to(model),), tolerance)
 
 
 class Dequantized(torch.nn.Module):
