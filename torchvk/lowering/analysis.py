@@ -106,11 +106,6 @@ def _match_patterns(
     analysis: Analysis,
 ) -> None:
     matches: dict[Node, Match] = {}
-
-    def refuse(node: Node, inside: frozenset[Node], reason: str) -> None:
-        for each in (node, *inside):
-            analysis.refused.setdefault(each, reason)
-
     for pattern, chain in PATTERNS:
         for node in calls:
             found = None
@@ -129,10 +124,23 @@ def _match_patterns(
                 found.emit(draft, lambda each: _value(each, source))
                 _check_options(draft, options)
             except Refused as refusal:
-                refuse(node, found.interior if found else chain(node), str(refusal))
+                _refuse(analysis, node, found.interior if found else chain(node), str(refusal))
             else:
                 matches[node] = found
-    # A node inside of a match is not computed: whoever else reads it breaks the match, and so do those it breaks.
+    _drop_broken(matches, analysis)
+    analysis.matches = matches
+    analysis.swallowed = {node for match in matches.values() for node in match.interior}
+    analysis.claimed |= analysis.swallowed | set(matches)
+    analysis.work |= set(matches)
+
+
+def _refuse(analysis: Analysis, node: Node, inside: frozenset[Node], reason: str) -> None:
+    for each in (node, *inside):
+        analysis.refused.setdefault(each, reason)
+
+
+def _drop_broken(matches: dict[Node, Match], analysis: Analysis) -> None:
+    """A node inside of a match is not computed: whoever else reads it breaks the match, and so do those it breaks."""
     while True:
         swallowed = {node for match in matches.values() for node in match.interior}
         read = {node for match in matches.values() for node in match.reads}
@@ -145,13 +153,9 @@ def _match_patterns(
         for anchor, name in broken.items():
             match = matches.pop(anchor)
             reason = f"{name} reads its quantized operands and is not a quantized linear that torchvk runs"
-            refuse(anchor, match.interior, analysis.refused.get(anchor, reason))
+            _refuse(analysis, anchor, match.interior, analysis.refused.get(anchor, reason))
         if not broken:
-            break
-    analysis.matches = matches
-    analysis.swallowed = {node for match in matches.values() for node in match.interior}
-    analysis.claimed |= analysis.swallowed | set(matches)
-    analysis.work |= set(matches)
+            return
 
 
 def _inside(node: Node, match: Match | None) -> bool:

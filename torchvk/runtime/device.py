@@ -124,18 +124,25 @@ class PhysicalDevice:
         self.memory = vk.make("VkPhysicalDeviceMemoryProperties2")
         functions.vkGetPhysicalDeviceMemoryProperties2(handle, self.memory)
         self.queue_family, self.timestamp_bits = self._queue_family()
-        problem = None
-        if not usable:
-            problem = f"it has Vulkan {version_text(self.api_version)}, torchvk needs 1.3 or newer; update its driver"
-        elif missing := [name for name in REQUIRED if not self.has(name)]:
-            problem = f"its driver lacks {', '.join(missing)}"
-        elif self.queue_family < 0:
-            problem = "it has no compute queue"
-        memory = self.memory.memoryProperties
+        self.info = self._described(index, properties)
+        # Which pipelines a disk cache may serve: the same driver build on the same device.
+        self.cache_key = bytes(properties.pipelineCacheUUID).hex() + f"-{properties.driverVersion:08x}"
+        # For which device speeds were measured: drivers may share a UUID among devices that run the same code.
+        self.tuning_key = f"{properties.vendorID:04x}-{properties.deviceID:04x}-{self.cache_key}"
+
+    def _problem(self) -> str | None:
+        if self.api_version < version(*API_VERSION):
+            return f"it has Vulkan {version_text(self.api_version)}, torchvk needs 1.3 or newer; update its driver"
+        if missing := [name for name in REQUIRED if not self.has(name)]:
+            return f"its driver lacks {', '.join(missing)}"
+        return "it has no compute queue" if self.queue_family < 0 else None
+
+    def _described(self, index: int, properties: vk.Struct) -> DeviceInfo:
+        problem, memory = self._problem(), self.memory.memoryProperties
         heaps = [memory.memoryHeaps[i] for i in range(memory.memoryHeapCount)]
         local = [heap.size for heap in heaps if heap.flags & vk.VK_MEMORY_HEAP_DEVICE_LOCAL_BIT]
         driver_name = vk.ffi.string(self.driver.driverName).decode(errors="replace")
-        self.info = DeviceInfo(
+        return DeviceInfo(
             index=index,
             name=vk.ffi.string(properties.deviceName).decode(errors="replace"),
             kind=KINDS.get(properties.deviceType, "other"),
@@ -147,10 +154,6 @@ class PhysicalDevice:
             tier=self._tier() if problem is None else 0,
             problem=problem,
         )
-        # Which pipelines a disk cache may serve: the same driver build on the same device.
-        self.cache_key = bytes(properties.pipelineCacheUUID).hex() + f"-{properties.driverVersion:08x}"
-        # For which device speeds were measured: drivers may share a UUID among devices that run the same code.
-        self.tuning_key = f"{properties.vendorID:04x}-{properties.deviceID:04x}-{self.cache_key}"
 
     def _features(self) -> list[vk.Struct]:
         names = ["VkPhysicalDeviceVulkan11Features", "VkPhysicalDeviceVulkan12Features"]

@@ -44,22 +44,10 @@ def convolution(
     )
     depthwise = groups > 1 and groups == x.shape[1]
     if transposed:
-        kernel = weight.shape[2:]
-        sizes = zip(padding, dilation, kernel, output_padding, strict=True)
+        sizes = zip(padding, dilation, weight.shape[2:], output_padding, strict=True)
         pairs = [(d * (k - 1) - p, d * (k - 1) - p + extra) for p, d, k, extra in sizes]
         up, stride = stride, [1] * rank
-        weight = t.op("flip", weight, dims=list(range(2, rank + 2)))
-        if groups > 1 and not depthwise:
-            inside, outside = weight.shape[0] // groups, weight.shape[1]
-            split = t.reshape(weight, (groups, inside, outside, *kernel))
-            swapped = t.op("permute", split, dims=[0, 2, *range(3, rank + 3), 1])
-            w = t.reshape(swapped, (groups * outside, *kernel, inside))
-        elif depthwise:
-            # [C, multiplier, *kernel]
-            moved = t.op("permute", weight, dims=[*range(2, rank + 2), 0, 1])
-            w = t.reshape(moved, (*kernel, weight.shape[0] * weight.shape[1]))
-        else:
-            w = t.op("permute", weight, dims=[1, *range(2, rank + 2), 0])
+        w = _transposed_weight(t, weight, groups, depthwise)
     else:
         pairs, up = [(p, p) for p in padding], [1] * rank
         if depthwise:
@@ -80,6 +68,22 @@ def convolution(
     )
     y = channels_first(t, y)
     return y if batched else t.reshape(y, y.shape[1:])
+
+
+def _transposed_weight(t: Translator, weight: Value, groups: int, depthwise: bool) -> Value:
+    """As ``conv`` has it, of a transposed convolution."""
+    rank, kernel = len(weight.shape) - 2, weight.shape[2:]
+    weight = t.op("flip", weight, dims=list(range(2, rank + 2)))
+    if depthwise:
+        # [C, multiplier, *kernel]
+        moved = t.op("permute", weight, dims=[*range(2, rank + 2), 0, 1])
+        return t.reshape(moved, (*kernel, weight.shape[0] * weight.shape[1]))
+    if groups == 1:
+        return t.op("permute", weight, dims=[1, *range(2, rank + 2), 0])
+    inside, outside = weight.shape[0] // groups, weight.shape[1]
+    split = t.reshape(weight, (groups, inside, outside, *kernel))
+    swapped = t.op("permute", split, dims=[0, 2, *range(3, rank + 3), 1])
+    return t.reshape(swapped, (groups * outside, *kernel, inside))
 
 
 @translates("aten._native_batch_norm_legit_no_training.default")
