@@ -15,12 +15,13 @@ from variants import GPU
 from torchvk import ops
 from torchvk.graph import DType, Graph, TensorType
 from torchvk.graph.build import GraphBuilder
-from torchvk.runtime import Session, Tuning, tune
+from torchvk.runtime import Session, Tuning, bench
+from torchvk.runtime.bench import Bench, chain_of
 from torchvk.runtime.choices import LARGEST_FILE, Choice, choices_path, read_choices, write_choices
 from torchvk.runtime.device import Device
 from torchvk.runtime.hazards import hazards
 from torchvk.runtime.pipeline import cache_path
-from torchvk.runtime.tune import Bench, best, cases, chain_of
+from torchvk.runtime.tune import best, cases
 
 SIZE = 4096
 
@@ -247,15 +248,13 @@ def test_without_time_the_defaults_run_and_nothing_is_kept(
     assert read_choices(choices_path(own_device.physical.tuning_key)) == {}
 
 
-def test_the_time_is_one_budget(mul_variants: dict[str, bool], own_device: Device, rng: np.random.Generator) -> None:
+@pytest.mark.usefixtures("mul_variants", "own_device")
+def test_the_time_is_one_budget(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain that never ends is left when time is up."""
     begin = time.perf_counter()
     tuning = Tuning(0.3, thorough=True, on_cpu=True)
-    tune_rounds, tune.THOROUGH_ROUNDS = tune.THOROUGH_ROUNDS, 10**9
-    try:
-        run(tuning, rng)
-    finally:
-        tune.THOROUGH_ROUNDS = tune_rounds
+    monkeypatch.setattr(bench, "THOROUGH_ROUNDS", 10**9)
+    run(tuning, rng)
     assert time.perf_counter() - begin < 30
     assert tuning.seconds < 0.3
 
