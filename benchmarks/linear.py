@@ -33,6 +33,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "8da8w/16": {"bits": 8, "group": 0, "activation": "dynamic_per_token", "dtype": DType.FLOAT16},
     "4w/16": {"bits": 4, "group": 32, "dtype": DType.FLOAT16},
     "4w/32": {"bits": 4, "group": 32, "dtype": DType.FLOAT32},
+    "4wz/16": {"bits": 4, "group": 32, "dtype": DType.FLOAT16, "zeros": True},  # weights with zero points
+    "2w/16": {"bits": 2, "group": 32, "dtype": DType.FLOAT16},
     "8w/16": {"bits": 8, "group": 0, "dtype": DType.FLOAT16},
     "8w/32": {"bits": 8, "group": 0, "dtype": DType.FLOAT32},
     "fp16": {"dtype": DType.FLOAT16},
