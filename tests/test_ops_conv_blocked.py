@@ -1,4 +1,4 @@
-"""Convolutions by register blocks, conv and quantized_conv, as GPUs without matrix units take them by default."""
+"""Kernels of conv and quantized_conv that GPUs without matrix units take by default: register blocks, narrow groups."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchvk.graph import DType
 from torchvk.ops.conv_blocked import BLOCKS, NARROW, blocked
 from torchvk.ops.convolution import Geometry
 
-# "together" and "pairs": groups share tiles; "taps": words of one step lie under several.
+# "together" and "pairs": narrow groups, which may share tiles; "taps": words of one step lie under several.
 CASES = {
     "together": Convolution(2, (7, 6), (3, 3), (2, 1), (1, 1), (1, 2), 8, 4, 4),
-    "pairs": Convolution(1, (5, 6), (3, 3), (1, 1), (0, 1), (1, 1), 4, 16, 20),
+    "pairs": Convolution(1, (5, 9), (3, 3), (1, 2), (0, 1), (1, 1), 4, 16, 20),
     "taps": Convolution(1, (9, 7), (3, 2), (2, 2), (1, 0), (1, 1), 3, 12, 5),
     "whole steps": Convolution(1, (7, 6), (3, 3), (1, 1), (2, 1), (2, 1), 1, 32, 35),
     "volumes": Convolution(1, (3, 4, 5), (3, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1), 2, 8, 8),
@@ -29,24 +29,29 @@ CASES = {
 }
 
 
-def run_integer(operands: test_ops_quantized_conv.Operands, tiles: slice = slice(1)) -> list[str]:
-    """Holds kernels of some tiles to the exact result; which there were."""
+def chosen(offered: list[str], tiles: slice) -> list[str]:
+    """Register blocks of some tiles, and the kernel for narrow groups."""
+    return [*[name for name in offered if "blocked" in name][tiles], *({"narrow"} & set(offered))]
+
+
+def run_integer(operands: test_ops_quantized_conv.Operands, tiles: slice = slice(1)) -> set[str]:
+    """Holds kernels to the exact result; the last part of the names of those that there were."""
     a, inputs = operands.attributes, operands.operands
     with chosen_for("quantized_conv", kind="discrete", cooperative_matrices=()):
-        names = [name for name in variant_names("quantized_conv", a, inputs, **operands.options) if "blocked" in name]
-        for name in names[tiles]:
+        names = chosen(variant_names("quantized_conv", a, inputs, **operands.options), tiles)
+        for name in names:
             operands.check(run_op("quantized_conv", a, inputs, variant=name, **operands.options)[0])
-    return [name.split("_")[-1] for name in names[tiles]]
+    return {name.split("_")[-1] for name in names}
 
 
-def run_floats(operands: test_ops_conv.Operands, tiles: slice = slice(1)) -> list[str]:
+def run_floats(operands: test_ops_conv.Operands, tiles: slice = slice(1)) -> set[str]:
     a, inputs = operands.attributes, operands.operands
     with chosen_for("conv", kind="discrete", cooperative_matrices=()):
-        names = [name for name in variant_names("conv", a, inputs, constants=(1,)) if "blocked" in name]
-        for name in names[tiles]:
+        names = chosen(variant_names("conv", a, inputs, constants=(1,)), tiles)
+        for name in names:
             (got,) = run_op("conv", a, inputs, constants=(1,), variant=name)
             assert_within(got, operands.exact, operands.bound, operands.dtype)
-    return [name.split("_")[-1] for name in names[tiles]]
+    return {name.split("_")[-1] for name in names}
 
 
 @pytest.mark.tier
@@ -63,24 +68,26 @@ def test_kernels(name: str) -> None:
 
 def test_every_tile() -> None:
     names = {block.name for block in BLOCKS}
-    narrow = replace(CASES["together"], images=1, size=(21, 13))  # 121 pixels
-    seen = {*run_integer(test_ops_quantized_conv.Operands(narrow), slice(None))}
-    assert seen | {*run_integer(test_ops_quantized_conv.Operands(replace(narrow, outputs=8)), slice(None))} == names
+    narrow = replace(CASES["together"], images=1, size=(23, 11), dilation=(2, 1))  # 121 pixels
+    seen = run_integer(test_ops_quantized_conv.Operands(narrow), slice(None))
+    seen |= run_integer(test_ops_quantized_conv.Operands(replace(narrow, outputs=8)), slice(None))
+    assert seen == {*names, "narrow"}
     wide = Convolution(1, (11, 11), (2, 2), (1, 1), (1, 1), (2, 2), 2, 8, 64)
     for dtype in ("float32", "float16"):
-        assert run_floats(test_ops_conv.Operands(narrow, dtype, True, False, "none"), slice(None)) == [NARROW.name]
-        assert {*run_floats(test_ops_conv.Operands(wide, dtype, True, False, "none"), slice(None))} == names
+        operands = test_ops_conv.Operands(replace(narrow, stride=(1, 1)), dtype, True, False, "none")
+        assert run_floats(operands, slice(None)) >= {NARROW.name}
+        assert run_floats(test_ops_conv.Operands(wide, dtype, True, False, "none"), slice(None)) >= names
 
 
 @pytest.mark.hypothesis
-@given(convolutions(max_channels=5), st.sampled_from((4, 8)), st.sampled_from(("int8", "float32")), st.integers(0, 99))
-@settings(max_examples=6, deadline=None)
-def test_any_convolution(case: Convolution, bits: int, dtype: str, seed: int) -> None:
-    case = replace(case, channels=4 * case.channels)
-    if dtype == "int8":
-        run_integer(test_ops_quantized_conv.Operands(case, bits=bits, output=None, seed=seed))
+@given(convolutions(max_channels=5), st.booleans(), st.sampled_from((4, 8, 32)), st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_any_convolution(case: Convolution, whole: bool, bits: int, seed: int) -> None:
+    case = replace(case, channels=4 * case.channels, outputs=4 * case.outputs if whole else case.outputs)
+    if bits < 32:
+        run_integer(test_ops_quantized_conv.Operands(case, bits=bits, output="int8" if whole else None, seed=seed))
     else:
-        run_floats(test_ops_conv.Operands(case, dtype, False, False, "none", seed))
+        run_floats(test_ops_conv.Operands(case, "float32", False, False, "none", seed))
 
 
 def geometry(size: int, channels: int, outputs: int, groups: int) -> Geometry:

@@ -9,6 +9,7 @@ from torchvk.graph import DType
 from torchvk.ops.codes import DTYPE
 from torchvk.ops.conv_blocked import blocked
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
+from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import LANES, MAX_ELEMENTS, Geometry, lanes_rows, takes_lanes, takes_vectors
 from torchvk.ops.linear_kernels import Product, Slots, product_kernels
 from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, scratch_read, scratch_write, write
@@ -179,6 +180,11 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     yield from _matrix(case, capabilities)
     if written and not few:
         yield from _columns(case, capabilities)
+    if not tiles and not texels and takes_narrow(g):
+        work, groups = narrow_work(g, capabilities)
+        kernel = f"conv_narrow_{case.name}_{g.stride[2]}"
+        dispatch = case.dispatch(kernel, capabilities.local_size, groups, work, more=narrow_constants(g))
+        yield "narrow", Kernels((dispatch,))
     for tile in [] if tiles else blocked(g, case.dtype, case.dtype, capabilities):
         kernel, groups = f"conv_blocked_{case.name}_{tile.block.name}", tile.groups(capabilities)
         dispatch = case.dispatch(kernel, tile.block.threads, groups, tile.work, more=tile.constants)

@@ -63,7 +63,8 @@ class Packing:
     """The weight as kernels read it: rows [O, taps, C / groups], or [taps, O] for depthwise convolutions; the last
     dimension padded with zeros to a multiple of ``align`` elements. ``flat``: rows [O, taps · C / groups]. ``dense``:
     as it is, for those that read single elements. ``lanes``: in the order of conv_lanes.slang, whose lanes load eight
-    elements of x each. 4 bits stay 4: see quantized_convolution.slang."""
+    elements of x each; ``narrow``: in that of conv_narrow.slang. 4 bits stay 4: see
+    quantized_convolution.slang."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -72,6 +73,7 @@ class Packing:
     flat: bool = False
     dense: bool = False
     lanes: bool = False
+    narrow: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -93,15 +95,18 @@ class Packing:
         if self.dense:
             whole = self.dtype is DType.INT8 or self.shape[-1] % 2 == 0
             return None if whole else Layout("conv_weight_dense", lambda weight: pack_bits(weight.reshape(-1), 4))
-        if self.dtype is DType.INT8 and self.columns == self.rows[-1] and not self.lanes:
+        if self.dtype is DType.INT8 and self.columns == self.rows[-1] and not self.lanes and not self.narrow:
             return None
-        return Layout(f"conv_weight_{self.dtype.value}_{self.columns}_{self.flat}_{self.lanes}", self.pack)
+        order = (self.columns, self.flat, self.lanes, self.narrow)
+        return Layout(f"conv_weight_{self.dtype.value}_{'_'.join(map(str, order))}", self.pack)
 
     def pack(self, weight: Array) -> Array:
         packed = np.zeros((*self.rows[:-1], self.columns), np.int8)
         packed[..., : self.rows[-1]] = weight.reshape(self.rows)
         if self.lanes:
             packed = np.ascontiguousarray(packed.reshape(-1, LANES, 2, 4).swapaxes(1, 2)).reshape(packed.shape)
+        if self.narrow:
+            packed = np.ascontiguousarray(packed.reshape(len(packed), -1, 4).swapaxes(0, 1))
         if self.dtype is DType.INT8:
             return packed
         whole = np.zeros(2 * self.nbytes, np.int8)

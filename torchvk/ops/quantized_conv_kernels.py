@@ -11,6 +11,7 @@ from torchvk.ops.conv_blocked import blocked
 from torchvk.ops.conv_kernels import Case as FloatCase
 from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_pitch, float_kernels
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
+from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import DOT_COLUMNS, LANES, lanes_rows, takes_dots, takes_lanes, takes_vectors
 from torchvk.ops.epilogue import EPILOGUES
 from torchvk.ops.operator import (
@@ -66,8 +67,17 @@ def _integer_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[s
     if g.group_channels % 16 and columns_bytes(g, DType.INT8, capabilities):
         yield from _columns(case, rows, capabilities)
     if not on_matrices:
+        if not texels and takes_narrow(g):
+            yield "narrow", Kernels((_narrow(case, capabilities),))
         for name, dispatch in _blocked(case, rows, capabilities):
             yield name, Kernels((dispatch,))
+
+
+def _narrow(case: Case, capabilities: Capabilities) -> Dispatch:
+    g, size = case.geometry, capabilities.local_size
+    work, groups = narrow_work(g, capabilities)
+    kernel, packing = f"quantized_conv_narrow_{g.stride[2]}", replace(case.packing, narrow=True)
+    return case.dispatch(kernel, size, groups, work, packing, more=narrow_constants(g))
 
 
 def _matrix(case: Case, rows: Packing, capabilities: Capabilities) -> list[tuple[str, Dispatch]]:
