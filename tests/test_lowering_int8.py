@@ -114,3 +114,26 @@ def test_static_networks_have_no_pair_left_but_at_their_edges() -> None:
             wrong = (output - want).abs() > step / 2
             assert int(wrong.sum()) <= want.numel() // 10_000
             assert float((output - want).abs().max()) < 1.5 * step
+
+
+def test_shuffled_channels_and_sums_of_them() -> None:
+    """Channels shuffled as in ShuffleNet (arXiv:1707.01083), in another order of dimensions than what they are added
+    to."""
+
+    class Shuffle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+            return F.relu(self.second(y) + y)
+
+    x = torch.randn(2, 4, 6, 5)
+    converted = quantize(Shuffle(), (x,), is_static=True)
+    with torch.no_grad():
+        expected, lowered = converted(x), lower_program(torch.export.export(converted, (x,)))
+    graph = lowered.graph
+    floats = [node.op for node in graph.nodes if graph.tensors[node.outputs[0]].dtype.is_float]
+    assert floats == ["dequantize", "permute"]
+    assert torch.equal(lowered.run(x)[0], expected)

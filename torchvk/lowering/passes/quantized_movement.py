@@ -15,6 +15,7 @@ import numpy as np
 
 from torchvk.graph import DType
 from torchvk.lowering.draft import Call, Draft, Value, constant
+from torchvk.lowering.passes.layout import channels_last
 from torchvk.lowering.passes.qdq import Output, Static, output_of, static_input, static_output
 from torchvk.lowering.passes.rewrite import Rewriter, rewrite
 
@@ -26,13 +27,15 @@ MEANS = ("mean", "avg_pool", "adaptive_avg_pool")
 
 
 def move_integers(draft: Draft) -> Draft:
-    quantized = _quantized(draft)
-    return rewrite(draft, lambda rewriter, call: _rule(rewriter, call, quantized))
+    quantized, summed = _quantized(draft)
+    return rewrite(draft, lambda rewriter, call: _rule(rewriter, call, quantized, summed))
 
 
-def _quantized(draft: Draft) -> dict[Value, Call]:
-    """The values that are only read to be quantized, perhaps after they were moved, and how they are."""
+def _quantized(draft: Draft) -> tuple[dict[Value, Call], set[Value]]:
+    """The values that are only read to be quantized, perhaps after they were moved, and how they are; and those that
+    are read so, or by arithmetic whose results are."""
     readers: dict[Value, list[Call | None]] = {}
+    summed: set[Value] = set()
     for value in draft.outputs:
         readers.setdefault(value, []).append(None)
     found: dict[Value, Call] = {}
@@ -41,10 +44,18 @@ def _quantized(draft: Draft) -> dict[Value, Call]:
             ends = [_end(reader, found) for reader in readers.get(output, [])]
             if ends and all(end is not None for end in ends) and ends[0] is not None:
                 found[output] = ends[0]
+            if all(
+                end or _is_summed(reader, summed) for reader, end in zip(readers.get(output, []), ends, strict=True)
+            ):
+                summed.add(output)
         for operand in call.inputs:
             if operand is not None:
                 readers.setdefault(operand, []).append(call)
-    return found
+    return found, summed
+
+
+def _is_summed(reader: Call | None, summed: set[Value]) -> bool:
+    return reader is not None and reader.op in ("add", "sub", "mul", "relu", "clamp") and reader.outputs[0] in summed
 
 
 def _end(reader: Call | None, found: dict[Value, Call]) -> Call | None:
@@ -54,8 +65,10 @@ def _end(reader: Call | None, found: dict[Value, Call]) -> Call | None:
     return found.get(reader.outputs[0]) if reader.op in (*MOVES, *PICKS, "reshape", "pad", "cat") else None
 
 
-def _rule(rewriter: Rewriter, call: Call, quantized: dict[Value, Call]) -> Value | None:
+def _rule(rewriter: Rewriter, call: Call, quantized: dict[Value, Call], summed: set[Value]) -> Value | None:
     end = quantized.get(call.outputs[0]) if call.outputs else None
+    if call.op == "permute" and call.outputs[0] in summed and _is_to_channels_last(call):
+        return _moved(rewriter, call, call.attributes)
     if call.op in PICKS or call.op == "reshape" or (call.op in MOVES and end is not None) or _returns(rewriter, call):
         return _moved(rewriter, call, call.attributes)
     if call.op == "pad" and call.attributes.value == 0:
@@ -63,6 +76,13 @@ def _rule(rewriter: Rewriter, call: Call, quantized: dict[Value, Call]) -> Value
     if call.op == "cat":
         return _cat(rewriter, call, None if end is None else output_of(end))
     return _mean(rewriter, call) if call.op == "quantize" else None
+
+
+def _is_to_channels_last(call: Call) -> bool:
+    """As passes/layout.py has it where one operand of a sum is an image and the other is not. (In three dimensions it
+    is the same as back, which goes the other way.)"""
+    dims = tuple(call.attributes.dims)
+    return len(dims) > 3 and dims == channels_last(len(dims))
 
 
 def _returns(rewriter: Rewriter, call: Call) -> bool:
