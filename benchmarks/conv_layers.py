@@ -1,26 +1,35 @@
 """Time single convolutions by every kernel that is offered, as the layers of ResNet-18 and ResNeXt-50 (32 x 4d).
 
-``python -m benchmarks.conv_layers --tier 1`` shows what a GPU without matrix units does. The share is of the peak that
-benchmarks.limits measures for multiply-adds of that type without matrix units.
+    python -m benchmarks.conv_layers [--device NAME] [--schemes static8,fp16] [--networks resnet18] [--json FILE]
+    python -m benchmarks.conv_layers --max-tier 1     what a GPU without matrix units does
+
+The share is of the peak of multiply-adds of that type without matrix units, measured in the same run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import numpy as np
 import typer
+from rich.console import Console
 
+from benchmarks import network
 from benchmarks.chain import Layer, measure
+from benchmarks.limits import Limits, measure_limits
 from torchvk import ops
 from torchvk.graph import DType, TensorType
-from torchvk.runtime.device import open_device
+from torchvk.runtime.device import Device, open_device
 
+SCHEMES = "static8,static4,fp16,fp32"
 # Size, channels and groups of 3 x 3 kernels.
 SHAPES = {
     "resnet18": [(56, 64, 1), (28, 128, 1), (14, 256, 1), (7, 512, 1)],
     "resnext50": [(56, 128, 32), (28, 256, 32), (14, 512, 32), (7, 1024, 32)],
 }
+NETWORKS = ",".join(SHAPES)
 
 
 def convolution(images: int, size: int, channels: int, groups: int, scheme: str) -> Layer:
@@ -48,32 +57,72 @@ def convolution(images: int, size: int, channels: int, groups: int, scheme: str)
     return Layer(op, ops.get(op).attributes(**attributes), tuple(inputs), constants)
 
 
+@dataclass(frozen=True)
+class Row:
+    """Seconds of a layer by one of its kernels. share: of the peak."""
+
+    scheme: str
+    network: str
+    images: int
+    size: int
+    channels: int
+    groups: int
+    kernel: str
+    seconds: float
+    flops: int
+    share: float
+
+
+HEADS = ("scheme", "network", "kernel", "layer", "groups", "time", "TOP/s", "share")
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        *(row.scheme, row.network, row.kernel),
+        f"{row.images} x {row.size} x {row.size} x {row.channels}",
+        str(row.groups),
+        f"{row.seconds * 1e6:.1f} µs",
+        f"{row.flops / row.seconds / 1e12:.2f}",
+        f"{row.share:.1%}",
+    ]
+
+
+def rows_of(
+    device: Device, scheme: str, name: str, images: int, kernels: str, tier: int | None, limits: Limits
+) -> Iterator[Row]:
+    peak = limits.dot8 if scheme.startswith("static") else limits.float32
+    for size, channels, groups in SHAPES[name]:
+        layer = convolution(images, size, channels, groups, scheme)
+        operator = ops.get(layer.op)
+        outputs = operator.infer(layer.attributes, layer.inputs)
+        offered = operator.variants(layer.attributes, layer.inputs, outputs, device.physical.capabilities(tier))
+        for kernel in (kernel for kernel, _ in offered if kernel.startswith(kernels)):
+            got = measure(device, layer, layers=10, max_tier=tier, variant=kernel, repeats=5, warm=0.4)
+            share = got.flops / got.seconds / peak
+            yield Row(scheme, name, images, size, channels, groups, kernel, got.seconds, got.flops, share)
+
+
 def main(
-    tier: Annotated[int, typer.Option(help="the highest tier of kernels")] = 2,
-    images: Annotated[int, typer.Option()] = 32,
-    schemes: Annotated[str, typer.Option()] = "static8,static4,fp16,fp32",
-    networks: Annotated[str, typer.Option()] = ",".join(SHAPES),
-    kernels: Annotated[str, typer.Option(help="only those whose names begin so")] = "",
-    peak_integer: Annotated[float, typer.Option(help="TOP/s of 8-bit dot products")] = 82.7,
-    peak_float: Annotated[float, typer.Option(help="TFLOP/s")] = 47.9,
-    seconds: Annotated[float, typer.Option(help="to warm the clocks, a case")] = 0.4,
+    device: network.DeviceOption = None,
+    schemes: network.ListOption = SCHEMES,
+    networks: network.ListOption = NETWORKS,
+    images: Annotated[int, typer.Option(help="In a batch.")] = 32,
+    kernels: Annotated[str, typer.Option(help="Only those whose names begin so.")] = "",
+    max_tier: Annotated[int | None, typer.Option(help="Cap of the capability tier.")] = None,
+    output: network.JsonOption = None,
 ) -> None:
-    device = open_device()
-    print(device.info)
-    for scheme in schemes.split(","):
-        peak = peak_integer if scheme.startswith("static") else peak_float
-        for network in networks.split(","):
-            for size, channels, groups in SHAPES[network]:
-                layer = convolution(images, size, channels, groups, scheme)
-                operator = ops.get(layer.op)
-                outputs = operator.infer(layer.attributes, layer.inputs)
-                capabilities = device.physical.capabilities(tier)
-                variants = operator.variants(layer.attributes, layer.inputs, outputs, capabilities)
-                print(f"{scheme} {network} {images} x {size} x {size} x {channels}, {groups} groups")
-                for name in (name for name, _ in variants if name.startswith(kernels)):
-                    got = measure(device, layer, layers=10, max_tier=tier, variant=name, repeats=5, warm=seconds)
-                    speed = got.flops / got.seconds / 1e12
-                    print(f"  {name:32} {got.seconds * 1e6:9.1f} us {speed:8.3f} T/s {speed / peak:6.1%}", flush=True)
+    """Time single convolutions on the device."""
+    opened = open_device(device)
+    limits = measure_limits(opened, max_tier)
+    rows = [
+        row
+        for scheme in schemes.split(",")
+        for name in networks.split(",")
+        for row in rows_of(opened, scheme, name, images, kernels, max_tier, limits)
+    ]
+    title = f"Convolutions on {network.device_name(device)}"
+    Console(width=140).print(network.table(title, HEADS, map(cells, rows), left=3))
+    network.write_json(output, device, rows, limits=asdict(limits))
 
 
 if __name__ == "__main__":
