@@ -175,7 +175,9 @@ def test_zero_points_of_weights(activation: str, device_kind: str, rng: np.rando
     cases = [((1, 64), 31, 16, 4), ((3, 96), 5, 96, 8), ((9, 2, 96), 34, 32, 4), ((20, 80), 9, 16, 8)]
     cases += [((2, 96), 7, 32, 2), ((11, 80), 6, 16, 2), ((1, 96), 9, 96, 2), ((1, 97), 9, 97, 2)]
     for case, (shape, n, group, bits) in enumerate(cases):
-        dtype = DTYPES[case % 2]
+        if device_kind == "cpu without shuffles" and case % 2:
+            continue  # as with them but for the way that x takes
+        dtype = DTYPES[case // 2 % 2]
         inputs = operands(rng, shape, n, group, bits, dtype, np.float32, zeros=case < 7)
         check(attributes(group, activation, dtype), inputs, bits)
 
