@@ -61,7 +61,7 @@ def pick(blocks: Sequence[Block], capabilities: Capabilities, m: int, n: int, ba
     """The largest tile of which there are enough to fill a GPU; else the smallest."""
     fitting = [block for block in blocks if block.fits(capabilities)]
     for block in fitting:
-        if block.tiles(m, n, batches) >= _enough(capabilities):
+        if block.tiles(m, n, batches) >= enough(capabilities):
             return block
     return min(fitting, key=lambda block: block.m * block.n)
 
@@ -78,19 +78,19 @@ def plausible(
 def pick_splits(block: Block, capabilities: Capabilities, m: int, n: int, k: int, batches: int = 1) -> int:
     """How many workgroups share the k of a tile: more than one where tiles are few and k is long, so that the second
     dispatch, which adds their parts, is worth it."""
-    tiles, enough = block.tiles(m, n, batches), _enough(capabilities)
-    if tiles >= 2 * enough:
+    tiles, wanted = block.tiles(m, n, batches), enough(capabilities)
+    if tiles >= 2 * wanted:
         return 1
-    return max([s for s in SPLITS if tiles * s <= 6 * enough and k >= max(768, 192 * s)], default=1)
+    return max([s for s in SPLITS if tiles * s <= 6 * wanted and k >= max(768, 192 * s)], default=1)
 
 
 def plausible_splits(block: Block, capabilities: Capabilities, m: int, n: int, k: int, batches: int = 1) -> list[int]:
     """1, and those that give a GPU work enough and not too many parts to add."""
-    tiles, enough = block.tiles(m, n, batches), _enough(capabilities)
-    return [1, *(s for s in SPLITS if enough <= tiles * s <= 6 * enough and k >= 4 * s * block.step)]
+    tiles, wanted = block.tiles(m, n, batches), enough(capabilities)
+    return [1, *(s for s in SPLITS if wanted <= tiles * s <= 6 * wanted and k >= 4 * s * block.step)]
 
 
-def _enough(capabilities: Capabilities) -> int:
+def enough(capabilities: Capabilities) -> int:
     """Workgroups that keep a GPU busy. Vulkan does not tell how many it has room for."""
     return 96 if capabilities.kind == "discrete" else 24
 

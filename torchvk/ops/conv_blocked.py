@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
-from torchvk.ops.blocked import Block, pick
+from torchvk.ops.blocked import Block, enough, pick
 from torchvk.ops.convolution import Geometry
 from torchvk.ops.operator import Capabilities, grid
 
@@ -17,9 +17,6 @@ BLOCKS = (
     Block("128x32", 128, 32, 128, WORDS, beside=256),
     Block("32x32", 32, 32, 64, WORDS, beside=256),
 )
-# For floating-point groups of a few channels: four times as many words of pixels, for as many groups.
-PARTS = 4
-NARROW = Block("64x32x4", 64, 32, 64, WORDS, beside=4 * 2 * WORDS * ((PARTS - 1) * 64 + 4 * PARTS))
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,10 @@ class Blocked:
     def work(self) -> tuple[int, int]:
         """The tiles of a row of tiles of a group, and all of them."""
         return self.geometry.tiles(self.block.m, self.block.n)
+
+    def fills(self, capabilities: Capabilities) -> bool:
+        """Whether there are tiles enough to keep a GPU busy until the last ones end."""
+        return self.work[1] >= 3 * enough(capabilities)
 
     def groups(self, capabilities: Capabilities) -> tuple[int, int, int]:
         return grid(self.work[1], capabilities, 1)
@@ -53,22 +54,18 @@ def blocked(geometry: Geometry, x: DType, y: DType, capabilities: Capabilities) 
     whole = y is DType.FLOAT32 or g.group_outputs % 4 == 0
     if g.depthwise or capabilities.kind == "cpu" or g.group_channels % per_word or not whole:
         return []
-    plans = [(BLOCKS, 4 * WORDS, 2)] if x.bits == 8 else [((NARROW,), PARTS * WORDS, PARTS), (BLOCKS, WORDS, 2)]
-    for blocks, step, least in plans:
-        together = _together(g, step, least)
-        merged = replace(g, groups=g.groups // together)
-        wide = [block for block in blocks if block.fits(capabilities) and block.n >= merged.group_outputs]
-        if together > 1 and wide:
-            return _best(wide, merged, together, capabilities)
+    together = _together(g, WORDS * (4 if x.bits == 8 else 1))
+    merged = replace(g, groups=g.groups // together)
     fitting = [block for block in BLOCKS if block.fits(capabilities)]
-    return _best(fitting, g, 1, capabilities)
+    wide = [block for block in fitting if block.n >= merged.group_outputs]
+    return _best(wide, merged, together, capabilities) if together > 1 and wide else _best(fitting, g, 1, capabilities)
 
 
-def _together(g: Geometry, step: int, least: int) -> int:
-    """How many groups have a step's channels of x together; 1 where they do not come out even, or are fewer."""
+def _together(g: Geometry, step: int) -> int:
+    """How many groups have a step's channels of x together; 1 where they do not come out even."""
     count = step // g.group_channels
     even = count * g.group_channels == step and g.groups % max(count, 1) == 0
-    return count if count >= least and even and g.group_outputs % 4 == 0 else 1
+    return count if count > 1 and even and g.group_outputs % 4 == 0 else 1
 
 
 def _best(blocks: Sequence[Block], g: Geometry, together: int, capabilities: Capabilities) -> list[Blocked]:

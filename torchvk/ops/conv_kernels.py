@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
 from torchvk.ops.codes import DTYPE
-from torchvk.ops.conv_blocked import blocked
+from torchvk.ops.conv_blocked import WORDS, Blocked, blocked
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import LANES, MAX_ELEMENTS, Geometry, lanes_rows, takes_lanes, takes_vectors
@@ -155,6 +155,17 @@ def _matrix(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kerne
         yield f"matrix_{tile.name}", Kernels((dispatch,))
 
 
+def _narrow(case: Case, capabilities: Capabilities) -> Dispatch:
+    g, size = case.geometry, capabilities.local_size
+    work, groups = narrow_work(g, capabilities)
+    return case.dispatch(f"conv_narrow_{case.name}_{g.stride[2]}", size, groups, work, more=narrow_constants(g))
+
+
+def _blocked(case: Case, tile: Blocked, capabilities: Capabilities) -> Dispatch:
+    kernel, groups = f"conv_blocked_{case.name}_{tile.block.name}", tile.groups(capabilities)
+    return case.dispatch(kernel, tile.block.threads, groups, tile.work, more=tile.constants)
+
+
 def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
     """Every plausible way by name, the default first. The last one is right for everything."""
     g = case.geometry
@@ -178,17 +189,17 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     if written and few:
         yield from _columns(case, capabilities)
     yield from _matrix(case, capabilities)
-    if written and not few:
+    blocks = [] if tiles else blocked(g, case.dtype, case.dtype, capabilities)
+    # Columns cost memory; but their products split a long K where tiles are few.
+    gathered = bool(blocks) and blocks[0].fills(capabilities) and g.group_channels % WORDS == 0
+    if written and not few and not gathered:
         yield from _columns(case, capabilities)
     if not tiles and not texels and takes_narrow(g):
-        work, groups = narrow_work(g, capabilities)
-        kernel = f"conv_narrow_{case.name}_{g.stride[2]}"
-        dispatch = case.dispatch(kernel, capabilities.local_size, groups, work, more=narrow_constants(g))
-        yield "narrow", Kernels((dispatch,))
-    for tile in [] if tiles else blocked(g, case.dtype, case.dtype, capabilities):
-        kernel, groups = f"conv_blocked_{case.name}_{tile.block.name}", tile.groups(capabilities)
-        dispatch = case.dispatch(kernel, tile.block.threads, groups, tile.work, more=tile.constants)
-        yield f"blocked_{tile.block.name}", Kernels((dispatch,))
+        yield "narrow", Kernels((_narrow(case, capabilities),))
+    for tile in blocks:
+        yield f"blocked_{tile.block.name}", Kernels((_blocked(case, tile, capabilities),))
+    if written and gathered:
+        yield from _columns(case, capabilities)
     units = -(-g.y_elements // (2 if case.half else 1))
     groups = grid(units, capabilities)
     direct = case.dispatch(f"conv_direct_{case.name}", capabilities.local_size, groups, (0, 0))
