@@ -34,6 +34,8 @@ MOVES: dict[str, Function] = {
     "max_pool": lambda x, y: F.max_pool2d(x, 3, 2, 1),
     "amax": lambda x, y: x.amax((2, 3)),
     "nearest": lambda x, y: F.interpolate(x, scale_factor=2),
+    "nearest in one dimension": lambda x, y: F.interpolate(x.flatten(2), scale_factor=1.5),
+    "rows": lambda x, y: x.index_select(1, torch.tensor([3, 0, 0])),
     "chain": lambda x, y: F.max_pool2d(F.pad(x, (0, 1, 1, 0)), 2).permute(0, 2, 3, 1).reshape(2, -1)[:, 3:],
     "avg_pool": lambda x, y: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "adaptive": lambda x, y: F.adaptive_avg_pool2d(x, (4, 3)),

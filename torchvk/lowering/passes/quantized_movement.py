@@ -19,9 +19,9 @@ from torchvk.lowering.passes.layout import channels_last
 from torchvk.lowering.passes.qdq import Output, Static, output_of, static_input, static_output
 from torchvk.lowering.passes.rewrite import Rewriter, rewrite
 
-# Of one operand, the first, and as good on integers. The mapping from integers to numbers is monotone (scales are
-# positive), so that the largest ones are the same.
-MOVES = ("permute", "expand", "slice", "select", "flip", "repeat")
+# Of the first operand (others are indices), and as good on integers. The mapping from integers to numbers is monotone
+# (scales are positive), so that the largest ones are the same.
+MOVES = ("permute", "expand", "slice", "select", "flip", "repeat", "index", "index_select")
 PICKS = ("max_pool", "upsample_nearest", "amax", "amin")
 MEANS = ("mean", "avg_pool", "adaptive_avg_pool")
 
@@ -107,7 +107,7 @@ def _moved(rewriter: Rewriter, call: Call, attributes: Any) -> Value | None:
     static = static_input(rewriter, call.inputs[0])
     if static is None or not _every_window_has_elements(call):
         return None
-    result = rewriter.op(call.op, static.quantized, like=call, attributes=attributes)
+    result = rewriter.op(call.op, static.quantized, *call.inputs[1:], like=call, attributes=attributes)
     return _dequantized(rewriter, result, static, call.outputs[0].dtype, call)
 
 
