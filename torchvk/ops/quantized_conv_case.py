@@ -16,16 +16,16 @@ from torchvk.ops.convolution import LANES, Geometry, is_depthwise
 from torchvk.ops.epilogue import EPILOGUES, Activation
 from torchvk.ops.operator import Arg, Array, Dispatch, Layout, Types, expect, read, write
 from torchvk.ops.quantized_sum import QuantizedSum
+from torchvk.ops.requantization import ResultAttributes
 
 X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO, RESIDUAL = range(7)
 
 
 @dataclass(frozen=True)
-class QuantizedConvAttributes:
+class QuantizedConvAttributes(ResultAttributes):
     """Geometry as for conv. activation: "none", x is floating-point; "static", x is int8 or uint8 with input_scale and
-    input_zero_point; "dynamic", the same with both as operands of one element. dtype: of a result that is not
-    quantized, float32 or float16; output_dtype and what follows: of one that is. A residual is 8-bit, and belongs to
-    sum_dtype, as for quantized_linear."""
+    input_zero_point; "dynamic", the same with both as operands of one element. A residual is 8-bit, and belongs to
+    sum_dtype."""
 
     stride: list[int]
     padding: list[int]
@@ -35,20 +35,7 @@ class QuantizedConvAttributes:
     activation: Literal["none", "static", "dynamic"] = "none"
     input_scale: float = 1.0
     input_zero_point: int = 0
-    dtype: DType = DType.FLOAT32
     epilogue: Activation = "none"
-    output_dtype: Literal["int8", "uint8"] | None = None
-    output_scale: float = 1.0
-    output_zero_point: int = 0
-    output_min: int = -128
-    output_max: int = 127
-    residual_scale: float = 1.0
-    residual_zero_point: int = 0
-    sum_dtype: Literal["int8", "uint8"] | None = None
-    sum_scale: float = 1.0
-    sum_zero_point: int = 0
-    sum_min: int = -128
-    sum_max: int = 127
 
 
 def operands(inputs: Types) -> tuple[TensorType | None, ...]:

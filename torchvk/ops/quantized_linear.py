@@ -32,7 +32,7 @@ from torchvk.ops.quantized_linear_case import BIAS, RESIDUAL, SCALE, WEIGHT, ZER
 from torchvk.ops.quantized_linear_kernels import variants
 from torchvk.ops.quantized_packing import UNIT, Packing, pitch_of
 from torchvk.ops.quantized_sum import QuantizedSum, apply_sum, infer_sum
-from torchvk.ops.requantization import EightBits, Requantization, check_parameters
+from torchvk.ops.requantization import Requantization, ResultAttributes, check_parameters
 
 # A group's integer sum stays below 2^31: |q − zero point| ≤ 255, |w| ≤ 128, or 255 with zero points.
 MAX_GROUP = 1 << 16
@@ -41,17 +41,13 @@ MAX_ELEMENTS = 1 << 31  # kernels count elements in 32 bits
 
 
 @dataclass(frozen=True)
-class QuantizedLinearAttributes:
+class QuantizedLinearAttributes(ResultAttributes):
     """group_size: input channels that share a scale; it divides K, and is K for one scale an output channel.
 
     activation: "none" leaves x as it is (weight only); "dynamic_per_token" and "dynamic_per_tensor" quantize it to
     int8 at run time with the formulas of torchvk.ops.quantization, which say what the other attributes mean. "static":
     x is int8 or uint8 and stands for (x − input_zero_point) · input_scale.
-    dtype: of float results, if x is integers. output_dtype: None for float results; else they are quantized to that,
-    with output_scale and output_zero_point, and limited to output_min … output_max.
     epilogue: the function that follows the product and the bias; a residual, if there is one, is added to that.
-    sum_dtype: for 8-bit results. Then the residual has 8 bits, too, with residual_scale and residual_zero_point, and is
-    added to the quantized result; the sum is as sum_scale, … say (torchvk.ops.quantized_sum).
     """
 
     group_size: int
@@ -64,19 +60,6 @@ class QuantizedLinearAttributes:
     epilogue: Epilogue = "none"
     input_scale: float = 1.0
     input_zero_point: int = 0
-    dtype: DType = DType.FLOAT32
-    output_dtype: EightBits | None = None
-    output_scale: float = 1.0
-    output_zero_point: int = 0
-    output_min: int = -128
-    output_max: int = 127
-    residual_scale: float = 1.0
-    residual_zero_point: int = 0
-    sum_dtype: EightBits | None = None
-    sum_scale: float = 1.0
-    sum_zero_point: int = 0
-    sum_min: int = -128
-    sum_max: int = 127
 
     @property
     def scheme(self) -> Scheme | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from torchvk.ops.pooling import (
     pooled_shape,
     windows,
 )
+from torchvk.ops.requantization import EightBits
 from torchvk.ops.shapes import expect_dtype, operands
 
 # Words of the image that one thread may go through on lavapipe, whose loops end after 65535 iterations.
@@ -42,7 +43,7 @@ class Static:
 
     input_scale: float
     input_zero_point: int
-    output_dtype: Literal["int8", "uint8"] | None = None
+    output_dtype: EightBits | None = None
     output_scale: float = 1.0
     output_zero_point: int = 0
     output_min: int = -128

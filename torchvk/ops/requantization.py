@@ -19,6 +19,31 @@ from torchvk.ops.operator import Array, expect
 EightBits = Literal["int8", "uint8"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResultAttributes:
+    """The attributes of a layer that say what it gives.
+
+    dtype: of float results, if x is integers. output_dtype: None for float results; else they are quantized to that,
+    with output_scale and output_zero_point, and limited to output_min … output_max.
+    sum_dtype: for 8-bit results. Then the residual has 8 bits, too, with residual_scale and residual_zero_point, and is
+    added to the quantized result; the sum is as sum_scale, … say (torchvk.ops.quantized_sum).
+    """
+
+    dtype: DType = DType.FLOAT32
+    output_dtype: EightBits | None = None
+    output_scale: float = 1.0
+    output_zero_point: int = 0
+    output_min: int = -128
+    output_max: int = 127
+    residual_scale: float = 1.0
+    residual_zero_point: int = 0
+    sum_dtype: EightBits | None = None
+    sum_scale: float = 1.0
+    sum_zero_point: int = 0
+    sum_min: int = -128
+    sum_max: int = 127
+
+
 @dataclass(frozen=True)
 class Requantization:
     """dtype int8 or uint8, whose range holds ``low`` and ``high``."""
