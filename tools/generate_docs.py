@@ -26,7 +26,8 @@ node of an exported program if it translates to one of these and the operator ac
 def attribute_words(operator: Operator) -> str:
     """The operator's attributes as ``name: type``, separated by commas."""
     words = []
-    for field in dataclasses.fields(operator.attributes):
+    # What several operators share comes last.
+    for field in sorted(dataclasses.fields(operator.attributes), key=lambda field: bool(field.kw_only)):
         kind = field.type if isinstance(field.type, str) else field.type.__name__
         words.append(f"`{field.name}: {kind}`".replace("|", "\\|"))
     return ", ".join(words) or "–"
