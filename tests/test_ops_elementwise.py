@@ -66,7 +66,8 @@ def reference(name: str, attributes: Any, *inputs: Array) -> Array:
 
 
 def codes() -> dict[str, int]:
-    source = Path(shaders.__file__).with_name("elementwise.slang").read_text()
+    files = [Path(shaders.__file__).with_name(name) for name in ("elementwise.slang", "elementwise_binary.slang")]
+    source = "\n".join(file.read_text() for file in files)
     return {name.lower(): int(code) for name, code in re.findall(r"static const uint ([A-Z0-9_]+) = (\d+);", source)}
 
 

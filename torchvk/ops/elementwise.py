@@ -49,7 +49,7 @@ NUMBERS = (*FLOATS, *INTS)
 ALL = (*NUMBERS, DType.BOOL)
 INTS_AND_BOOL = (*INTS, DType.BOOL)
 
-# Positions are the operation codes of shaders/elementwise.slang.
+# Positions are the operation codes of shaders/elementwise.slang and elementwise_binary.slang.
 UNARY = (
     *("exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "erf", "sigmoid", "silu"),
     *("floor", "ceil", "round", "trunc", "isnan", "isinf", "hardswish", "hardsigmoid", "abs", "neg", "sign", "relu"),
