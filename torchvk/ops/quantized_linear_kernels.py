@@ -152,10 +152,11 @@ def _reads(dispatch: Dispatch, role: str, index: int) -> bool:
     return any((arg.role, arg.index) == (role, index) for arg in dispatch.buffers if arg.read)
 
 
-def _sources(dispatch: Dispatch) -> set[tuple[str, int, str]]:
-    """What a product reads but scales, bias and residual: x or its copy, and the weight, as it is packed."""
+def _sources(dispatch: Dispatch) -> set[tuple[str, int, str, bool]]:
+    """What a product reads but scales, bias and residual: x or its copy, and the weight, as it is packed. (Kernels that
+    read texels may want other copies of x than those that do not.)"""
     return {
-        (arg.role, arg.index, arg.layout.name if arg.layout else "")
+        (arg.role, arg.index, arg.layout.name if arg.layout else "", arg.texels)
         for arg in dispatch.buffers[:2]
         if arg.read and (arg.role == "scratch" or arg.index in (X, WEIGHT))
     }
