@@ -21,6 +21,8 @@ from torchvk.runtime.plan import make_plan
 class Attributes:
     group_size: int
     eps: float = 1e-6
+    input_zero_point: int = 0
+    output_max: int = 127
 
 
 def kinds(x: tuple[int, ...], weight: tuple[int, int] = (512, 256)) -> list[TensorType | None]:
@@ -34,9 +36,9 @@ def test_a_shape_class_says_operator_attributes_and_types() -> None:
     )
 
 
-def test_floats_among_the_attributes_make_no_class_of_their_own() -> None:
+def test_scales_zero_points_and_bounds_make_no_class_of_their_own() -> None:
     assert ops.shape_class("op", Attributes(32, 1e-5), kinds((8, 256))) == ops.shape_class(
-        "op", Attributes(32, 0.5), kinds((8, 256))
+        "op", Attributes(32, 0.5, 7, 99), kinds((8, 256))
     )
     assert ops.shape_class("op", Attributes(32), kinds((8, 256))) != ops.shape_class(
         "op", Attributes(64), kinds((8, 256))

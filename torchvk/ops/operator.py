@@ -258,12 +258,13 @@ def supports(op: str, attributes: Any, inputs: Types) -> str | None:
 def shape_class(op: str, attributes: Any, inputs: Types) -> str:
     """Cases for which the same variant is taken to be the fastest, as text.
 
-    The operator, its attributes (numbers such as scales and epsilons change no kernel's speed: left out) and the
+    The operator, its attributes (scales, zero points, bounds and the like change no kernel's speed: left out) and the
     input types, with a star for constants where they need not be. The rows of the first input, and of others with the
     same rows, count in classes: exactly up to 16, then four classes an octave.
     """
     names = [spec.name for spec in fields(attributes)]
-    words = [f"{name}={value}" for name in names if not isinstance(value := getattr(attributes, name), float)]
+    said = [name for name in names if not name.endswith(("_zero_point", "_min", "_max"))]
+    words = [f"{name}={value}" for name in said if not isinstance(value := getattr(attributes, name), float)]
     constants = _registry[op].constant_inputs if op in _registry else frozenset()
     leading = inputs[0].shape[:-1] if inputs and inputs[0] is not None else ()
 
