@@ -15,6 +15,7 @@ from variants import chosen_for
 
 from torchvk.graph import DType, TensorType
 from torchvk.graph.build import GraphBuilder
+from torchvk.ops import rows as row_parts
 from torchvk.ops.epilogue import apply_epilogue
 from torchvk.ops.quantization import quantize
 from torchvk.runtime.device import max_tier, open_device
@@ -150,8 +151,11 @@ def test_every_kernel_gives_the_product(case: Any, activation: str, device_kind:
 @pytest.mark.parametrize(
     ("activation", "bits", "dtype"), [("none", 4, np.float32), ("dynamic_per_token", 8, np.float16)]
 )
-def test_rows_that_fill_no_tile(activation: str, bits: int, dtype: Any, rng: np.random.Generator) -> None:
+def test_rows_that_fill_no_tile(
+    activation: str, bits: int, dtype: Any, rng: np.random.Generator, monkeypatch: Any
+) -> None:
     """They are multiplied by another kernel beside the tiles; each sees its own rows of the buffers."""
+    monkeypatch.setattr(row_parts, "ONE_ROUND", 0)
     inputs = [*operands(rng, (131, 96), 34, 96, bits, dtype, dtype), rng.standard_normal((131, 34)).astype(dtype)]
     chosen = attributes(96, activation, dtype, epilogue="relu")
     with chosen_for("quantized_linear", kind="discrete"):

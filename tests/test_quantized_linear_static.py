@@ -108,23 +108,25 @@ def eight_bits(rng: np.random.Generator, prefix: str) -> dict[str, Any]:
 
 @pytest.mark.tier
 @pytest.mark.parametrize(
-    ("kind", "m", "n", "k"),
+    ("kind", "bits", "m", "n", "k"),
     [
-        ("this", 1, 64, 64),
-        ("this", 37, 34, 96),
-        ("gpu", 1, 64, 64),
-        ("gpu", 3, 51, 40),
-        ("gpu", 37, 34, 96),
-        ("gpu", 70, 64, 64),
+        ("this", 8, 1, 64, 64),
+        ("this", 8, 37, 34, 96),
+        ("gpu", 8, 1, 64, 64),
+        ("gpu", 8, 3, 51, 40),
+        ("gpu", 4, 37, 34, 48),
+        ("gpu", 8, 70, 64, 80),
     ],
 )
-def test_sums_of_8_bit_residuals(kind: str, m: int, n: int, k: int, rng: np.random.Generator) -> None:
+def test_sums_of_8_bit_residuals(kind: str, bits: int, m: int, n: int, k: int, rng: np.random.Generator) -> None:
     """By every kernel the bytes of the layer and quantized_arithmetic behind it. All numbers before the sum have few
     bits, so that there is no rounding that could differ but that to 8 bits."""
-    x = rng.integers(0, 255, (m, k), np.uint8, endpoint=True)
-    weight, scale = rng.integers(-128, 127, (n, k), np.int8), np.exp2(rng.integers(-9, -6, (n, 1))).astype(np.float32)
+    x = rng.integers(-128, 127, (m, k), np.int8, endpoint=True)
+    top = 1 << (bits - 1)
+    weight = rng.integers(-top, top, (n, k)).astype(np.int8)
+    scale = np.exp2(rng.integers(-2, 1, (n, 1))).astype(np.float32) / top
     bias = rng.integers(-99, 99, n).astype(np.float32) / 8
-    attributes = {"group_size": k, "activation": "static", "input_scale": 2.0**-5, "input_zero_point": 130}
+    attributes = {"group_size": k, "activation": "static", "input_scale": 2.0**-5, "input_zero_point": 2}
     attributes |= {"output_scale": 0.5, **eight_bits(rng, "output")}
     added = {"residual_scale": 0.37, "residual_zero_point": 5, "sum_scale": 0.61, **eight_bits(rng, "sum")}
     residual = rng.integers(0, 255, (m, n), np.uint8, endpoint=True).view(str(rng.choice([*RANGE])))
@@ -139,5 +141,5 @@ def test_sums_of_8_bit_residuals(kind: str, m: int, n: int, k: int, rng: np.rand
     inputs = [x, weight, scale, bias, residual]
     np.testing.assert_array_equal(operator.reference(chosen, inputs)[0], wanted)
     with nullcontext() if kind == "this" else chosen_for("quantized_linear", kind="discrete"):
-        for (got,) in every_variant("quantized_linear", chosen, inputs):
+        for (got,) in every_variant("quantized_linear", chosen, inputs, int4={1} if bits == 4 else ()):
             np.testing.assert_array_equal(got, wanted)

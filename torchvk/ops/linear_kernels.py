@@ -226,7 +226,8 @@ def product_kernels(
     detour = half and product.n % 2 == 1
     out: Arg = scratch_write(0) if detour or choice.splits > 1 else write(0)
     if not (product.batch or product.transpose_a or detour) and choice.splits == 1:
-        whole = whole_rows(product.m, choice.tile_m) if choice.matrix or choice.block else product.m
+        across = -(-product.n // choice.tile_n)
+        whole = whole_rows(product.m, choice.tile_m, across) if choice.matrix or choice.block else product.m
         if whole != product.m and (kernels := _with_rest(product, slots, capabilities, choice, whole)):
             return kernels
     main = _dispatch(product, slots, choice, out, capabilities)

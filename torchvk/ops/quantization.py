@@ -222,8 +222,8 @@ def activations(
 ) -> Activations:
     """Input ``x`` as :func:`quantization` gives it. ``constant``: any constant input of the node.
 
-    ``takes_bytes``: whether the kernel takes static x as it is, be it uint8, and rows of whole texels, which weights
-    beyond are zero for.
+    ``takes_bytes``: whether the kernel takes static x as it is, with this dtype, and rows of whole words of 16 bytes,
+    which weights beyond are zero for.
     """
     if isinstance(scheme, Scheme):
         dispatches, scratch = quantization(rows, x, scheme, capabilities, floats=floats, texels=texels)

@@ -128,7 +128,7 @@ def variants(case: Case) -> Variants:
 def _with_rest(case: Case, choice: Choice) -> Kernels:
     """The chosen kernel, and for rows that do not fill its tiles another beside it."""
     everything = _chosen(case, choice)
-    whole = case.m if choice.texels else whole_rows(case.m, choice.tile_m)
+    whole = case.m if choice.texels else whole_rows(case.m, choice.tile_m, -(-case.packing.n // choice.tile_n))
     # (float16 results of odd rows share words, and are rounded by a pass at the end.)
     if whole == case.m or not _reads(everything.dispatches[-1], "input", WEIGHT):
         return everything
@@ -187,11 +187,12 @@ def _operand(case: Case, choice: Choice) -> tuple[Activations, int]:
     if scheme is not None:
         # The kernel for CPUs takes bytes where each of eight lanes brings another row.
         takes_bytes = isinstance(scheme, Static) and choice.kernel == "quantized_linear_lanes_8_broadcast"
+        takes_halves = choice.matrix and choice.fragment is None and isinstance(scheme, Static) and not scheme.unsigned
         quantized = activations(
             *(rows, X, SCALE, scheme, case.capabilities),
             floats=texels and not takes_bytes,
             texels=texels,
-            takes_bytes=takes_bytes and not case.zeros,
+            takes_bytes=(takes_bytes or takes_halves) and not case.zeros,
         )
         unsigned = not quantized.dispatches and x.dtype is DType.UINT8
         return quantized, 2 if unsigned else 1 if takes_bytes else 0
@@ -218,7 +219,7 @@ def _product(case: Case, choice: Choice, operand: Activations, x_format: int, st
     if texels:
         own = _texel_constants(case, operand.values, x_format)
     elif choice.matrix:
-        own = _matrix_constants(case, choice.fragment, x_format)
+        own = _matrix_constants(case, choice.fragment, x_format, operand.values)
     else:
         own = _plain_constants(case, x_format)
     weights, scales = _weights(case, choice)
@@ -283,13 +284,15 @@ def _texel_constants(case: Case, source: Arg, x_format: int) -> tuple[int, ...]:
     return (exact_units, in_pieces, case.zeros, x_format, pitch)
 
 
-def _matrix_constants(case: Case, fragment: Fragment | None, half_x: int) -> tuple[int, ...]:
+def _matrix_constants(case: Case, fragment: Fragment | None, half_x: int, source: Arg) -> tuple[int, ...]:
     """Of the kernels of matrix units."""
     packing, scheme = case.packing, case.scheme
     if scheme is not None:
         zero_points = 0 if scheme.centered else 1 if scheme.per_token else 2
-        groups = () if fragment is not None else (packing.units_per_group,)
-        return (case.half_scale, packing.units, *groups, zero_points)
+        if fragment is not None:
+            return (case.half_scale, packing.units, zero_points)
+        half_unit = source.role == "input" and not case.direct
+        return (case.half_scale, packing.units, packing.units_per_group, zero_points, half_unit)
     sizes = (packing.units, packing.units_per_group, packing.groups == 1)
     if fragment is None:
         return (half_x, case.half_scale, *sizes, case.zeros)

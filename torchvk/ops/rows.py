@@ -13,12 +13,15 @@ from dataclasses import replace
 from torchvk.ops.operator import PART_ALIGNMENT, Arg, Dispatch, Kernels
 
 LEAST_TILES = 4  # of rows, below which one more matters little
+ONE_ROUND = 128  # tiles that a large GPU runs at once
 
 
-def whole_rows(m: int, tile_m: int) -> int:
-    """The rows that tiles multiply: all, or without the last few that others shall."""
+def whole_rows(m: int, tile_m: int, across: int) -> int:
+    """The rows that tiles, ``across`` side by side, multiply: all, or without the last few that others shall."""
     rest = m % tile_m
-    return m - rest if m >= LEAST_TILES * tile_m and 0 < rest <= tile_m // 2 else m
+    if m < LEAST_TILES * tile_m or -(-m // tile_m) * across <= ONE_ROUND:
+        return m
+    return m - rest if 0 < rest <= tile_m // 2 else m
 
 
 def stacked(
