@@ -187,7 +187,7 @@ def _operand(case: Case, choice: Choice) -> tuple[Activations, int]:
     if scheme is not None:
         # The kernel for CPUs takes bytes where each of eight lanes brings another row.
         takes_bytes = isinstance(scheme, Static) and choice.kernel == "quantized_linear_lanes_8_broadcast"
-        takes_halves = choice.matrix and choice.fragment is None and isinstance(scheme, Static) and not scheme.unsigned
+        takes_halves = choice.matrix and isinstance(scheme, Static) and not scheme.unsigned
         quantized = activations(
             *(rows, X, SCALE, scheme, case.capabilities),
             floats=texels and not takes_bytes,
@@ -289,10 +289,9 @@ def _matrix_constants(case: Case, fragment: Fragment | None, half_x: int, source
     packing, scheme = case.packing, case.scheme
     if scheme is not None:
         zero_points = 0 if scheme.centered else 1 if scheme.per_token else 2
-        if fragment is not None:
-            return (case.half_scale, packing.units, zero_points)
         half_unit = source.role == "input" and not case.direct
-        return (case.half_scale, packing.units, packing.units_per_group, zero_points, half_unit)
+        groups = () if fragment is not None else (packing.units_per_group,)
+        return (case.half_scale, packing.units, *groups, zero_points, half_unit)
     sizes = (packing.units, packing.units_per_group, packing.groups == 1)
     if fragment is None:
         return (half_x, case.half_scale, *sizes, case.zeros)
