@@ -99,6 +99,23 @@ def test_fragments_keep_the_contract(m: int, n: int, lanes: int) -> None:
         assert not any("fragments" in name for name, _ in dispatches(m, n, 352, 352, 8, less, "dynamic_per_token"))
 
 
+@pytest.mark.parametrize("fragments", [(), (nvidia_int8(),)])
+def test_static_rows_of_half_units_are_read_where_they_lie(fragments: Any) -> None:
+    capabilities = device((16, 16, 32), 32, fragments=fragments)
+    for x, k, spread in (
+        (DType.INT8, 64, False),
+        (DType.INT8, 80, False),
+        (DType.INT8, 72, True),
+        (DType.UINT8, 80, True),
+    ):
+        types = [TensorType(x, (320, k)), TensorType(DType.INT8, (64, k)), TensorType(DType.FLOAT32, (64, 1))]
+        chosen = attributes(k, "static")
+        _, kernels = OPERATOR.variants(chosen, types, OPERATOR.infer(chosen, types), capabilities)[0]
+        expected = ["spread_bytes"] if spread else []
+        assert [dispatch.kernel for dispatch in kernels.dispatches[:-1]] == expected
+        assert contract_errors(kernels.dispatches[-1], capabilities) == []
+
+
 def test_who_gets_matrix_units() -> None:
     nvidia = device((16, 16, 32), 32)
 
