@@ -100,12 +100,12 @@ def test_fragments_keep_the_contract(m: int, n: int, lanes: int) -> None:
 
 
 @pytest.mark.parametrize("fragments", [(), (nvidia_int8(),)])
-def test_static_rows_of_half_units_are_read_where_they_lie(fragments: Any) -> None:
+def test_static_rows_of_whole_eights_are_read_where_they_lie(fragments: Any) -> None:
     capabilities = device((16, 16, 32), 32, fragments=fragments)
     for x, k, spread in (
         (DType.INT8, 64, False),
-        (DType.INT8, 80, False),
-        (DType.INT8, 72, True),
+        (DType.INT8, 72, False),
+        (DType.INT8, 76, True),
         (DType.UINT8, 80, True),
     ):
         types = [TensorType(x, (320, k)), TensorType(DType.INT8, (64, k)), TensorType(DType.FLOAT32, (64, 1))]

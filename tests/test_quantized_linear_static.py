@@ -114,7 +114,7 @@ def eight_bits(rng: np.random.Generator, prefix: str) -> dict[str, Any]:
         ("this", 8, 37, 34, 96),
         ("gpu", 8, 1, 64, 64),
         ("gpu", 8, 3, 51, 40),
-        ("gpu", 4, 37, 34, 48),
+        ("gpu", 4, 37, 34, 40),
         ("gpu", 8, 70, 64, 80),
     ],
 )

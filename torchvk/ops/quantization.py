@@ -218,18 +218,18 @@ def activations(
     *,
     floats: bool,
     texels: bool,
-    takes_bytes: bool = False,
+    whole: int = 0,
 ) -> Activations:
     """Input ``x`` as :func:`quantization` gives it. ``constant``: any constant input of the node.
 
-    ``takes_bytes``: whether the kernel takes static x as it is, with this dtype, and rows of whole words of 16 bytes,
-    which weights beyond are zero for.
+    ``whole``: the kernel takes static x as it is, of this dtype, if its rows are a multiple of so many columns, and has
+    weights of 0 beyond. 0: it does not.
     """
     if isinstance(scheme, Scheme):
         dispatches, scratch = quantization(rows, x, scheme, capabilities, floats=floats, texels=texels)
         return Activations(scratch_read(0, texels=texels), scratch_read(1, texels=texels), dispatches, scratch)
     qparams = read(constant, _same_rows(rows.m, scheme), texels=texels)
-    as_it_is = takes_bytes and rows.k % 16 == 0 and rows.group == rows.columns
+    as_it_is = whole > 0 and rows.k % whole == 0 and rows.group == rows.columns
     if as_it_is or (not floats and not scheme.unsigned and rows.columns == rows.k):
         return Activations(read(x, texels=texels), qparams, (), ())
     size = rows.m * rows.columns * (4 if floats else 1)

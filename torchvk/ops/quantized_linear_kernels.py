@@ -187,12 +187,13 @@ def _operand(case: Case, choice: Choice) -> tuple[Activations, int]:
     if scheme is not None:
         # The kernel for CPUs takes bytes where each of eight lanes brings another row.
         takes_bytes = isinstance(scheme, Static) and choice.kernel == "quantized_linear_lanes_8_broadcast"
-        takes_halves = choice.matrix and isinstance(scheme, Static) and not scheme.unsigned
+        # Matrix units take signed ones, in whole pieces of eight.
+        takes_eights = choice.matrix and isinstance(scheme, Static) and not scheme.unsigned and not case.zeros
         quantized = activations(
             *(rows, X, SCALE, scheme, case.capabilities),
             floats=texels and not takes_bytes,
             texels=texels,
-            takes_bytes=(takes_bytes or takes_halves) and not case.zeros,
+            whole=8 if takes_eights else 16 if takes_bytes and not case.zeros else 0,
         )
         unsigned = not quantized.dispatches and x.dtype is DType.UINT8
         return quantized, 2 if unsigned else 1 if takes_bytes else 0
@@ -289,9 +290,9 @@ def _matrix_constants(case: Case, fragment: Fragment | None, half_x: int, source
     packing, scheme = case.packing, case.scheme
     if scheme is not None:
         zero_points = 0 if scheme.centered else 1 if scheme.per_token else 2
-        half_unit = source.role == "input" and not case.direct
+        columns = packing.k if source.role == "input" else packing.columns
         groups = () if fragment is not None else (packing.units_per_group,)
-        return (case.half_scale, packing.units, *groups, zero_points, half_unit)
+        return (case.half_scale, packing.units, *groups, zero_points, columns // 8)
     sizes = (packing.units, packing.units_per_group, packing.groups == 1)
     if fragment is None:
         return (half_x, case.half_scale, *sizes, case.zeros)
