@@ -42,6 +42,7 @@ class Operands:
         bias: bool = True,
         epilogue: str = "none",
         dtype: str = "float32",
+        residual: bool = False,
         seed: int = 0,
     ) -> None:
         generator = np.random.default_rng(seed)
@@ -79,7 +80,11 @@ class Operands:
         if b is not None:
             y = y + b
             self.bound = self.bound + EPSILON * (np.abs(y) + np.abs(b))
-        self.exact = apply_epilogue(epilogue, y, None) if epilogue != "none" else y
+        self.dtype = x_dtype if activation == "none" else dtype
+        r = generator.standard_normal(y.shape).astype(self.dtype) if residual else None
+        if r is not None:
+            self.bound = self.bound + EPSILON * (np.abs(y) + 2 * np.abs(r))
+        self.exact = apply_epilogue(epilogue, y, r)
         steps = {"output_scale": float(np.abs(self.exact).max() / 100 + 1e-3), "output_zero_point": 7}
         limits = {"int8": (-120, 127), "uint8": (3, 250)}
         self.attributes = QuantizedConvAttributes(
@@ -102,7 +107,8 @@ class Operands:
             np.full(ones, x_scale) if dynamic else None,
             np.full(ones, zero, np.int32) if dynamic else None,
         ]
-        self.dtype = x_dtype if activation == "none" else dtype
+        if r is not None:
+            self.operands.append(r)
 
     def convolve(self, case: Convolution, x: Array, weight: Array) -> Array:
         module = case.module(bias=False).double()
@@ -142,7 +148,8 @@ def schemes(draw: st.DrawFn) -> Operands:
         bits=draw(st.sampled_from((8, 8, 4))),
         output=draw(st.sampled_from((None, "int8", "uint8"))),
         bias=draw(st.booleans()),
-        epilogue=draw(st.sampled_from(("none", "relu"))),
+        epilogue=draw(st.sampled_from(("none", "relu", "sum_relu"))),
+        residual=draw(st.booleans()),
         dtype=draw(st.sampled_from(("float32", "float16"))),
         seed=draw(st.integers(0, 99)),
     )
@@ -180,7 +187,9 @@ def test_kernels(name: str, kind: str, bits: int) -> None:
     but = "blocked" if kind == "gpu" else None  # see test_ops_conv_blocked
     with nullcontext() if kind == "this" else chosen_for("quantized_conv", kind="discrete"):
         for x_dtype, activation, output in (("int8", "static", "int8"), ("float32", "none", None)):
-            operands = Operands(CASES[name], x_dtype, activation, bits=bits, output=output, epilogue="relu")
+            epilogue = "relu" if output else "sum_relu"
+            given = {"bits": bits, "output": output, "epilogue": epilogue, "residual": True}
+            operands = Operands(CASES[name], x_dtype, activation, **given)  # type: ignore[arg-type]
             a, inputs = operands.attributes, operands.operands
             for (got,) in every_variant("quantized_conv", a, inputs, but, **operands.options):
                 count, wrong = operands.check(got)

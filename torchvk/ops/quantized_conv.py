@@ -59,10 +59,11 @@ def _infer(attributes: QuantizedConvAttributes, inputs: Types) -> tuple[TensorTy
         zero = attributes.input_zero_point
         expect(low <= zero <= high, f"quantized_conv: the zero point {zero} of x is outside of {low}…{high}")
         expect(_positive(attributes.input_scale), f"quantized_conv: the scale {attributes.input_scale} of x")
-    has_sum = attributes.sum_dtype is not None
-    expect(has_sum == (residual is not None), f"quantized_conv: sum_dtype {attributes.sum_dtype}, residual {residual}")
+    floats = TensorType(dtype, shape)
+    good = attributes.sum_dtype is not None or residual in (None, floats)
+    expect(good, f"quantized_conv takes a residual like its result {floats}, got {residual}")
     if attributes.output_dtype is None:
-        return (infer_sum("quantized_conv", attributes, TensorType(dtype, shape), residual),)
+        return (infer_sum("quantized_conv", attributes, floats, residual),)
     output = DType(attributes.output_dtype)
     low, high = _range(output)
     bounds = (attributes.output_min, attributes.output_max, attributes.output_zero_point)
@@ -113,7 +114,7 @@ def _reference(attributes: QuantizedConvAttributes, inputs: Sequence[Array | Non
         y = sums * factor
         if bias is not None:
             y = y + bias
-        y = apply_epilogue(attributes.epilogue, y, None)
+        y = apply_epilogue(attributes.epilogue, y, residual if attributes.sum_dtype is None else None)
         if attributes.output_dtype is None:
             return (y.astype(dtype),)
         q = np.rint(y * np.float32(1 / attributes.output_scale)) + np.float32(attributes.output_zero_point)

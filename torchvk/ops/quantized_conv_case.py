@@ -13,7 +13,7 @@ import numpy as np
 from torchvk.graph import DType, TensorType, pack_bits
 from torchvk.ops.codes import DTYPE
 from torchvk.ops.convolution import LANES, Geometry, is_depthwise
-from torchvk.ops.epilogue import EPILOGUES, Activation
+from torchvk.ops.epilogue import Epilogue, epilogue_constants
 from torchvk.ops.operator import Arg, Array, Dispatch, Layout, Types, expect, read, write
 from torchvk.ops.quantized_sum import QuantizedSum
 from torchvk.ops.requantization import ResultAttributes
@@ -24,8 +24,8 @@ X, WEIGHT, SCALE, BIAS, X_SCALE, X_ZERO, RESIDUAL = range(7)
 @dataclass(frozen=True)
 class QuantizedConvAttributes(ResultAttributes):
     """Geometry as for conv. activation: "none", x is floating-point; "static", x is int8 or uint8 with input_scale and
-    input_zero_point; "dynamic", the same with both as operands of one element. A residual is 8-bit, and belongs to
-    sum_dtype."""
+    input_zero_point; "dynamic", the same with both as operands of one element. A residual is as for quantized_linear:
+    of the float result's type, or, with sum_dtype, 8-bit."""
 
     stride: list[int]
     padding: list[int]
@@ -35,7 +35,7 @@ class QuantizedConvAttributes(ResultAttributes):
     activation: Literal["none", "static", "dynamic"] = "none"
     input_scale: float = 1.0
     input_zero_point: int = 0
-    epilogue: Activation = "none"
+    epilogue: Epilogue = "none"
 
 
 def operands(inputs: Types) -> tuple[TensorType | None, ...]:
@@ -118,6 +118,7 @@ class Packing:
 class Case:
     """All that the choice of kernels asks."""
 
+    residual: TensorType | None
     sum: QuantizedSum | None
     attributes: QuantizedConvAttributes
     geometry: Geometry
@@ -136,7 +137,11 @@ class Case:
         geometry = Geometry.of(attributes, x, weight, outputs[0])
         x_types = (None if each is None else each.dtype for each in (x_scale, x_zero))
         added = QuantizedSum.of(attributes, residual, RESIDUAL)
-        return Case(added, attributes, geometry, x, outputs[0], weight, bias is not None, *x_types)
+        return Case(residual, added, attributes, geometry, x, outputs[0], weight, bias is not None, *x_types)
+
+    @property
+    def ending(self) -> tuple[int, int]:
+        return epilogue_constants(self.attributes.epilogue, self.residual)
 
     @property
     def integer(self) -> bool:
@@ -165,21 +170,23 @@ class Case:
             read(X_SCALE) if self.x_scale else stand_in,
             read(X_ZERO) if self.x_zero else stand_in,
             write(),
-            *((stand_in, stand_in) if self.sum is None else (self.sum.argument, read(SCALE, self.sum.layout))),
+            stand_in if self.residual is None else read(RESIDUAL),
+            stand_in if self.sum is None else read(SCALE, self.sum.layout),
         )
 
     def constants(self, local_size: int) -> tuple[int, ...]:
         """Those that kernels share; see quantized_convolution.slang."""
+        epilogue, residual = self.ending
         return (
             local_size,
             DTYPE[self.x.dtype],
             DTYPE[self.y.dtype],
             self.bias,
-            EPILOGUES.index(self.attributes.epilogue),
+            epilogue,
             0 if self.x_scale is None else 1 + DTYPE[self.x_scale],
             0 if self.x_zero is None else 1 + DTYPE[self.x_zero],
             self.geometry.depthwise,
-            0 if self.sum is None else self.sum.kind,
+            residual,
             self.weight.dtype.bits,
         )
 

@@ -13,7 +13,6 @@ from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_p
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import DOT_COLUMNS, LANES, lanes_rows, takes_dots, takes_lanes, takes_vectors
-from torchvk.ops.epilogue import EPILOGUES
 from torchvk.ops.operator import (
     NOTHING,
     Arg,
@@ -30,7 +29,16 @@ from torchvk.ops.operator import (
 )
 from torchvk.ops.quantization import reads_texels
 from torchvk.ops.quantize import DequantizeAttributes
-from torchvk.ops.quantized_conv_case import BIAS, SCALE, WEIGHT, Case, Packing, QuantizedConvAttributes, operands
+from torchvk.ops.quantized_conv_case import (
+    BIAS,
+    RESIDUAL,
+    SCALE,
+    WEIGHT,
+    Case,
+    Packing,
+    QuantizedConvAttributes,
+    operands,
+)
 
 MIN_PIXELS = 32  # for which a weight is made floating-point as a whole
 
@@ -140,9 +148,10 @@ def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> I
         bytes=case.weight.nbytes + result.nbytes,
     )
     bare = Arg("scratch", -1)  # the weight: the others come behind it
-    ending = (EPILOGUES.index(case.attributes.epilogue), 0)
     bias = BIAS if case.bias else None
-    inner = FloatCase(g, case.x.dtype, lambda texels: replace(bare, texels=texels), bias, DType.FLOAT32, None, ending)
+    residual = None if case.residual is None else RESIDUAL
+    of_floats = (bias, DType.FLOAT32, residual, case.ending)
+    inner = FloatCase(g, case.x.dtype, lambda texels: replace(bare, texels=texels), *of_floats)
     for name, kernels in float_kernels(inner, capabilities):
         rest = (replace(each, buffers=tuple(map(_behind, each.buffers))) for each in kernels.dispatches)
         yield name, Kernels((first, *rest), (result.nbytes, *kernels.scratch))

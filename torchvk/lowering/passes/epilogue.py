@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from torchvk.lowering.draft import Call, Draft, Value
-from torchvk.lowering.passes.linear import BIAS
 from torchvk.lowering.passes.rewrite import Rewriter, Rule, rewrite
+
+# operator → the slot of its residual
+RESIDUAL = {"linear": 3, "quantized_linear": 4, "conv": 3, "quantized_conv": 6}
 
 
 def fuse_epilogue(draft: Draft) -> Draft:
@@ -21,22 +23,22 @@ def _layer(rewriter: Rewriter, value: Value | None, readers: int = 1) -> Call | 
     view = rewriter.producer(value, "reshape")
     inner = view.inputs[0] if view else value
     layer = rewriter.made.get(inner) if inner is not None else None
-    if inner is None or layer is None or layer.op not in BIAS:
+    if inner is None or layer is None or layer.op not in RESIDUAL or not inner.dtype.is_float:
         return None
     return layer if inner is value or rewriter.uses.get(inner, 0) == 1 else None
 
 
 def _again(rewriter: Rewriter, layer: Call, attributes: Any, residual: Value | None, call: Call) -> Value:
     """The layer with another epilogue and residual, in the shape that ``call`` gives."""
-    slot = BIAS[layer.op]
-    operands = (*layer.inputs, None)[: slot + 1]
-    more = layer.inputs[slot + 2 :]
+    slot = RESIDUAL[layer.op]
+    operands = (*layer.inputs, *(None,) * slot)[:slot]
+    more = layer.inputs[slot + 1 :]
     result = rewriter.op(layer.op, *operands, residual, *more, like=layer, attributes=attributes)
     return rewriter.reshape(result, call.outputs[0].shape, call)
 
 
 def _has_residual(layer: Call) -> bool:
-    slot = BIAS[layer.op] + 1
+    slot = RESIDUAL[layer.op]
     return any(value is not None for value in layer.inputs[slot : slot + 1])
 
 
@@ -44,7 +46,7 @@ def _end(rewriter: Rewriter, call: Call) -> Value | None:
     layer = _layer(rewriter, call.inputs[0])
     if layer is None or layer.attributes.epilogue != "none" or not _has_residual(layer):
         return None
-    residual = layer.inputs[BIAS[layer.op] + 1]
+    residual = layer.inputs[RESIDUAL[layer.op]]
     return _again(rewriter, layer, replace(layer.attributes, epilogue="sum_relu"), residual, call)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torchvk.lowering.draft import Call, Draft, Value
+from torchvk.lowering.passes.epilogue import RESIDUAL
 from torchvk.lowering.passes.rewrite import Rewriter, rewrite
 
-# operator → the slot of its residual
-RESIDUAL = {"quantized_linear": 4, "quantized_conv": 6}
+LAYERS = ("quantized_linear", "quantized_conv")
 
 
 def fuse_quantized_sums(draft: Draft) -> Draft:
@@ -50,7 +50,7 @@ def _layer(rewriter: Rewriter, value: Value | None) -> Call | None:
     view = rewriter.producer(value, "reshape")
     inner = view.inputs[0] if view else value
     layer = rewriter.made.get(inner) if inner is not None else None
-    if inner is None or layer is None or layer.op not in RESIDUAL or layer.attributes.output_dtype is None:
+    if inner is None or layer is None or layer.op not in LAYERS or layer.attributes.output_dtype is None:
         return None
     slot = RESIDUAL[layer.op]
     single = inner is value or rewriter.uses.get(inner, 0) == 1
