@@ -187,7 +187,8 @@ def _operand(case: Case, choice: Choice) -> tuple[Activations, int]:
     if scheme is not None:
         # The kernel for CPUs takes bytes where each of eight lanes brings another row.
         takes_bytes = isinstance(scheme, Static) and choice.kernel == "quantized_linear_lanes_8_broadcast"
-        # Matrix units take signed ones, in whole pieces of eight.
+        # Matrix units take signed ones, in pieces of eight. (MobileNetV2 on an H200, 1 / 32 images: 291 / 1032 µs;
+        # with five dispatches that spread rows to whole units 306 / 1064.)
         takes_eights = choice.matrix and isinstance(scheme, Static) and not scheme.unsigned and not case.zeros
         quantized = activations(
             *(rows, X, SCALE, scheme, case.capabilities),
