@@ -18,6 +18,7 @@ from harness import every_variant, one_node_graph, run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_conv import CASES
+from test_ops_conv import Operands as FloatOperands
 from variants import DEVICES, EPSILON, HALF_EPSILON, Array, assert_within, chosen_for
 
 from torchvk import ops
@@ -259,3 +260,20 @@ def test_no_images() -> None:
     operands = Operands(CASES["depthwise"])
     empty = [np.zeros((0, 7, 9, 32), np.int8), *operands.operands[1:]]
     assert run_op("quantized_conv", operands.attributes, empty)[0].shape == (0, 4, 9, 32)
+
+
+def test_columns_of_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two at a time, and one that is left; each dispatch sees its own images of x, y and a residual."""
+    monkeypatch.setattr("torchvk.ops.conv_kernels.COLUMNS_AT_ONCE", 2 * 64 * 32)
+    case = Convolution(5, (16, 16), (3, 3), (2, 2), (1, 1), (1, 1), 1, 3, 12)
+    with chosen_for("quantized_conv", kind="discrete"), chosen_for("conv", kind="discrete"):
+        operands = Operands(case, "uint8", "static", output="int8", epilogue="relu")
+        types = [None if a is None else TensorType(DType.of(a.dtype), a.shape) for a in operands.operands]
+        outputs = OPERATOR.infer(operands.attributes, types)
+        offered = OPERATOR.variants(operands.attributes, types, outputs, DEVICES["gpu_1"])
+        ways = [kernels.dispatches for name, kernels in offered if name.startswith("columns")]
+        assert ways
+        assert all([each.kernel for each in way].count("quantized_conv_columns") == 3 for way in ways)
+        for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands):
+            operands.check(got)
+        FloatOperands(case, "float16", True, True, "relu").check_kernels()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torchvk.graph import DType
@@ -12,10 +13,24 @@ from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import LANES, MAX_ELEMENTS, Geometry, lanes_rows, takes_lanes, takes_vectors
 from torchvk.ops.linear_kernels import Product, Slots, product_kernels
-from torchvk.ops.operator import Arg, Capabilities, Dispatch, Kernels, grid, read, scratch_read, scratch_write, write
+from torchvk.ops.matrix import Tile
+from torchvk.ops.operator import (
+    PART_ALIGNMENT,
+    Arg,
+    Capabilities,
+    Dispatch,
+    Kernels,
+    grid,
+    read,
+    scratch_read,
+    scratch_write,
+    write,
+)
 from torchvk.ops.quantization import reads_texels
+from torchvk.ops.rows import stacked
 
 MAX_COLUMNS = 1 << 30  # bytes of scratch memory
+COLUMNS_AT_ONCE = 12 << 20  # elements
 FEW_TILES = 40
 
 
@@ -81,6 +96,27 @@ def columns_bytes(geometry: Geometry, dtype: DType, capabilities: Capabilities) 
     return size if geometry.groups == 1 and size <= min(MAX_COLUMNS, capabilities.max_storage_range) else 0
 
 
+def images_at_once(geometry: Geometry, dtype: DType, image_bytes: Sequence[int]) -> int:
+    """So many images that their columns take little memory beside x and y. ``image_bytes``: of the buffers of which
+    each dispatch sees its images alone."""
+    g = geometry
+    step = math.lcm(*(PART_ALIGNMENT // math.gcd(size, PART_ALIGNMENT) for size in image_bytes))
+    each = g.pixels // g.images * columns_pitch(g.k, dtype)
+    return min(g.images, max(step, COLUMNS_AT_ONCE // each // step * step))
+
+
+def of_images(
+    images: int, at_once: int, kernels: Callable[[int], Kernels], image_bytes: Mapping[tuple[str, int], int]
+) -> Kernels:
+    """What ``kernels`` gives for so many images at a time, one after the other, in the same scratch memory."""
+    whole = kernels(images)
+    if at_once >= images:
+        return whole
+    counts = [min(at_once, images - first) for first in range(0, images, at_once)]
+    parts = [(count, kernels(count)) for count in counts]
+    return stacked(Kernels((), parts[0][1].scratch), parts, image_bytes) or whole
+
+
 def columns_pitch(k: int, dtype: DType) -> int:
     """Elements of a row that conv_columns.slang writes."""
     each = 128 // dtype.bits
@@ -115,11 +151,31 @@ def _columns(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kern
     g = case.geometry
     slots = Slots(0, 1, case.bias, case.residual, case.ending)
     pitch = columns_pitch(g.k, case.dtype)
-    product = Product(g.pixels, g.outputs, pitch, case.dtype, transpose_b=True)
-    yield "columns", _of_columns(case, product_kernels(product, slots, capabilities), capabilities)
-    pixels = replace(case, geometry=g.pointwise(g.pixels, pitch), weight=lambda texels: read(1, texels=texels))
-    for name, kernels in _matrix(pixels, capabilities):
-        yield f"columns_{name}", _of_columns(case, kernels, capabilities)
+    x_bytes, y_bytes = (count // g.images * case.dtype.bits // 8 for count in (g.x_elements, g.y_elements))
+    image_bytes = {("input", 0): x_bytes, ("output", 0): y_bytes}
+    if case.residual is not None:
+        image_bytes["input", case.residual] = y_bytes
+    at_once = images_at_once(g, case.dtype, list(image_bytes.values()))
+
+    def some(images: int) -> tuple[Case, Case]:
+        """The convolution of so many, and the product with their columns."""
+        part = replace(case, geometry=replace(g, images=images))
+        pixels = g.pointwise(part.geometry.pixels, pitch)
+        return part, replace(case, geometry=pixels, weight=lambda texels: read(1, texels=texels))
+
+    def linear(images: int) -> Kernels:
+        part, pixels = some(images)
+        product = Product(pixels.geometry.pixels, g.outputs, pitch, case.dtype, transpose_b=True)
+        return _of_columns(part, product_kernels(product, slots, capabilities), capabilities)
+
+    yield "columns", of_images(g.images, at_once, linear, image_bytes)
+    for tile in matrix_tiles(some(at_once)[1].geometry, False, capabilities) if case.half else []:
+
+        def matrix(images: int, tile: Tile = tile) -> Kernels:
+            part, pixels = some(images)
+            return _of_columns(part, Kernels((_matrix(pixels, tile, capabilities),)), capabilities)
+
+        yield f"columns_matrix_{tile.name}", of_images(g.images, at_once, matrix, image_bytes)
 
 
 def _of_columns(case: Case, product: Kernels, capabilities: Capabilities) -> Kernels:
@@ -145,14 +201,12 @@ def _of_columns(case: Case, product: Kernels, capabilities: Capabilities) -> Ker
     return Kernels((*first, *rest), (*product.scratch, *sizes))
 
 
-def _matrix(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
+def _matrix(case: Case, tile: Tile, capabilities: Capabilities) -> Dispatch:
     """On matrix units."""
-    g = case.geometry
-    for tile in matrix_tiles(g, False, capabilities) if case.half else []:
-        work = g.tiles(tile.m, tile.n)
-        groups = grid(work[1], capabilities, 1)
-        dispatch = case.dispatch(f"conv_matrix_{tile.name}", tile.threads, groups, work, more=matrix_constants(g))
-        yield f"matrix_{tile.name}", Kernels((dispatch,))
+    work = case.geometry.tiles(tile.m, tile.n)
+    groups = grid(work[1], capabilities, 1)
+    more = matrix_constants(case.geometry)
+    return case.dispatch(f"conv_matrix_{tile.name}", tile.threads, groups, work, more=more)
 
 
 def _narrow(case: Case, capabilities: Capabilities) -> Dispatch:
@@ -188,7 +242,8 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
     few = bool(tiles) and tiles[0].count(g.pixels, g.group_outputs) * g.groups < FEW_TILES
     if written and few:
         yield from _columns(case, capabilities)
-    yield from _matrix(case, capabilities)
+    for tile in tiles:
+        yield f"matrix_{tile.name}", Kernels((_matrix(case, tile, capabilities),))
     blocks = [] if tiles else blocked(g, case.dtype, case.dtype, capabilities)
     # Columns cost memory; but their products split a long K where tiles are few.
     gathered = bool(blocks) and blocks[0].fills(capabilities) and g.group_channels % WORDS == 0
@@ -196,8 +251,8 @@ def float_kernels(case: Case, capabilities: Capabilities) -> Iterator[tuple[str,
         yield from _columns(case, capabilities)
     if not tiles and not texels and takes_narrow(g):
         yield "narrow", Kernels((_narrow(case, capabilities),))
-    for tile in blocks:
-        yield f"blocked_{tile.block.name}", Kernels((_blocked(case, tile, capabilities),))
+    for block in blocks:
+        yield f"blocked_{block.block.name}", Kernels((_blocked(case, block, capabilities),))
     if written and gathered:
         yield from _columns(case, capabilities)
     units = -(-g.y_elements // (2 if case.half else 1))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torchvk.graph import DType, TensorType
 from torchvk.ops.codes import DTYPE, INT4, units
 from torchvk.ops.conv_blocked import blocked
 from torchvk.ops.conv_kernels import Case as FloatCase
-from torchvk.ops.conv_kernels import columns_bytes, columns_constants, columns_pitch, float_kernels
+from torchvk.ops.conv_kernels import (
+    columns_bytes,
+    columns_constants,
+    columns_pitch,
+    float_kernels,
+    images_at_once,
+    of_images,
+)
 from torchvk.ops.conv_matrix import matrix_constants, matrix_tiles
 from torchvk.ops.conv_narrow import narrow_constants, narrow_work, takes_narrow
 from torchvk.ops.convolution import DOT_COLUMNS, LANES, lanes_rows, takes_dots, takes_lanes, takes_vectors
@@ -37,6 +45,7 @@ from torchvk.ops.quantized_conv_case import (
     Case,
     Packing,
     QuantizedConvAttributes,
+    X,
     operands,
 )
 
@@ -110,24 +119,40 @@ def _blocked(case: Case, rows: Packing, capabilities: Capabilities) -> list[tupl
 
 
 def _columns(case: Case, rows: Packing, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:
-    """The pixels' columns in scratch memory, in rows of whole words, multiplied as a convolution of one pixel."""
+    """The pixels' columns in scratch memory, in rows of whole words, multiplied as a convolution of one pixel; some
+    images at a time."""
     g, pitch = case.geometry, columns_pitch(case.geometry.k, DType.INT8)
-    size = g.pixels * pitch
-    product = g.pointwise(g.pixels, pitch)
-    columns = Dispatch(
-        "quantized_conv_columns",
-        (*case.buffers(packing=rows)[:7], scratch_write(0)),
-        grid(size // 16, capabilities),
-        (*case.constants(capabilities.local_size), *columns_constants(g, DType.INT8)),
-        case.push(0, size // 16),
-        bytes=2 * size,
-    )
-    inner = replace(case, geometry=product)
-    # Register blocks gather whole words themselves.
-    without = [] if g.group_channels % 4 == 0 else _blocked(inner, rows, capabilities)
-    for name, dispatch in _matrix(inner, rows, capabilities) or without:
-        dispatch = replace(dispatch, buffers=(scratch_read(0), *dispatch.buffers[1:]))
-        yield f"columns_{name}", Kernels((columns, dispatch), (size,))
+    image_bytes = {("input", X): case.x.nbytes // g.images, ("output", 0): case.y.nbytes // g.images}
+    if case.residual is not None:
+        image_bytes["input", RESIDUAL] = case.residual.nbytes // g.images
+    at_once = images_at_once(g, DType.INT8, list(image_bytes.values()))
+
+    def products(images: int) -> dict[str, Dispatch]:
+        inner = replace(case, geometry=g.pointwise(g.pixels // g.images * images, pitch))
+        # Register blocks gather whole words themselves.
+        without = [] if g.group_channels % 4 == 0 else _blocked(inner, rows, capabilities)
+        return dict(_matrix(inner, rows, capabilities) or without)
+
+    def some(images: int, name: str) -> Kernels:
+        part = replace(case, geometry=replace(g, images=images))
+        size = part.geometry.pixels * pitch
+        columns = Dispatch(
+            "quantized_conv_columns",
+            (*case.buffers(packing=rows)[:7], scratch_write(0)),
+            grid(size // 16, capabilities),
+            (*case.constants(capabilities.local_size), *columns_constants(g, DType.INT8)),
+            part.push(0, size // 16),
+            bytes=2 * size,
+        )
+        offered = products(images)
+        product = offered.get(name) or next(iter(offered.values()))  # Few images may have other tiles.
+        buffers = (scratch_read(0), *product.buffers[1:])
+        product = replace(product, buffers=buffers, bytes=size + case.y.nbytes // g.images * images)
+        return Kernels((columns, product), (size,))
+
+    for name in products(at_once):
+        if products(g.images % at_once or at_once):
+            yield f"columns_{name}", of_images(g.images, at_once, partial(some, name=name), image_bytes)
 
 
 def _weight_only(case: Case, scale: TensorType, capabilities: Capabilities) -> Iterator[tuple[str, Kernels]]:

@@ -41,7 +41,8 @@ def stacked(
 
         def of_rows(arg: Arg, first: int = first, rows: int = rows, shift: int = shift) -> Arg:
             if (size := row_bytes.get((arg.role, arg.index))) is not None:
-                return replace(arg, part=(first * size, rows * size))
+                begin, length = arg.part or (0, rows * size)
+                return replace(arg, part=(first * size + begin, length))
             if arg.role == "scratch" and arg.index >= len(before.scratch):
                 return replace(arg, index=arg.index + shift)
             return arg
