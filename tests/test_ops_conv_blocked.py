@@ -60,7 +60,7 @@ def test_kernels(name: str) -> None:
     case, turn = CASES[name], list(CASES).index(name) % 2
     bytes_out = "uint8" if case.outputs % 4 == 0 else None
     scheme = [("int8", "static", 4, bytes_out), ("uint8", "dynamic", 8, None)][turn]
-    assert run_integer(test_ops_quantized_conv.Operands(case, *scheme, epilogue="relu"))
+    assert run_integer(test_ops_quantized_conv.Operands(case, *scheme, epilogue="relu", residual=True))
     if name != "columns":
         dtype = "float16" if case.outputs % 4 == 0 and turn else "float32"
         assert run_floats(test_ops_conv.Operands(case, dtype, True, True, "relu"))
