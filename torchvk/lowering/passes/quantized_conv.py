@@ -141,6 +141,8 @@ def _activated(rewriter: Rewriter, call: Call) -> Value | None:
     layer = rewriter.producer(inner, "quantized_conv")
     if layer is None or value is None or inner is None or layer.attributes.epilogue != "none":
         return None
+    if any(each is not None for each in layer.inputs[6:]):
+        return None  # a residual, which is added after the activation
     if rewriter.uses.get(value, 0) != 1 or rewriter.uses.get(inner, 0) != 1 or layer.attributes.output_dtype:
         return None
     attributes = replace(layer.attributes, epilogue=name)
