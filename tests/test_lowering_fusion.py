@@ -138,6 +138,18 @@ def test_activations_after_a_residual(inner: str, outer: str, epilogue: str, lef
     assert draft.calls[1].attributes.epilogue == epilogue
 
 
+@pytest.mark.parametrize("outer", ["clamp", "hardswish"])
+def test_activations_after_a_residual_of_a_quantized_convolution(outer: str) -> None:
+    """They are of the sum, not of what is added."""
+    s = Sketch((1, 4, 3, 8), (1, 4, 2, 5))
+    weight = constant(np.arange(80).reshape(5, 1, 2, 8).astype(np.int8) - 40)
+    ones = {"stride": [1, 1], "dilation": [1, 1], "input_dilation": [1, 1], "padding": [0] * 4}
+    y = s.op("quantized_conv", s.draft.inputs[0], weight, constant(np.full(5, 0.1, np.float32)), **ones)
+    given = {"min": 0.0, "max": 6.0} if outer == "clamp" else {}
+    result = s.op(outer, s.op("add", y, s.draft.inputs[1]), **given)
+    check(s.returns(result), optimize, "quantized_conv", outer)
+
+
 def test_one_residual_a_layer() -> None:
     s = Sketch((6, 8), (6, 5), (6, 5))
     weight = constant(np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32))
