@@ -173,8 +173,8 @@ def _no_variants(*_: Any) -> Variants:
     return ()
 
 
-def _first_variant(*_: Any) -> Kernels:
-    raise NotImplementedError("stands for the first variant, until the operator is there")
+def _no_kernels(*_: Any) -> Kernels:
+    raise AssertionError("an operator takes its first variant in place of this")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Operator:
     summary: str
     infer: Callable[[Any, Types], tuple[TensorType, ...]]
     reference: Callable[[Any, Sequence[Array | None]], tuple[Array, ...]]
-    kernels: Callable[[Any, Types, Sequence[TensorType], Capabilities], Kernels] = _first_variant
+    kernels: Callable[[Any, Types, Sequence[TensorType], Capabilities], Kernels] = _no_kernels
     attributes: type = NoAttributes
     support: Callable[[Any, Types], str | None] = lambda attributes, inputs: None
     constant_inputs: frozenset[int] = frozenset()
@@ -208,7 +208,9 @@ class Operator:
     variants: Callable[[Any, Types, Sequence[TensorType], Capabilities], Variants] = _no_variants
 
     def __post_init__(self) -> None:
-        if self.kernels is _first_variant:
+        if self.kernels is _no_kernels:
+            if self.variants is _no_variants:
+                raise ValueError(f"operator {self.name!r} has neither kernels nor variants")
             object.__setattr__(self, "kernels", lambda *case: self.variants(*case)[0][1])
 
     def decode(self, node: Node) -> Any:
