@@ -283,3 +283,7 @@ def test_columns_of_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         for (got,) in every_variant("quantized_conv", operands.attributes, operands.operands):
             operands.check(got)
         FloatOperands(case, "float16", True, True, "relu").check_kernels()
+        # Each part has scratch memory for the sums of its own parts of K, beside the columns, which all share.
+        monkeypatch.setattr("torchvk.ops.conv_kernels.COLUMNS_AT_ONCE", 4 * 64 * 880)
+        case = Convolution(5, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, 97, 12)
+        FloatOperands(case, "float32", True, True, "none").check_kernels()

@@ -106,15 +106,20 @@ def images_at_once(geometry: Geometry, dtype: DType, image_bytes: Sequence[int])
 
 
 def of_images(
-    images: int, at_once: int, kernels: Callable[[int], Kernels], image_bytes: Mapping[tuple[str, int], int]
+    images: int,
+    at_once: int,
+    kernels: Callable[[int], Kernels],
+    image_bytes: Mapping[tuple[str, int], int],
+    shared: int = 1,
 ) -> Kernels:
-    """What ``kernels`` gives for so many images at a time, one after the other, in the same scratch memory."""
-    whole = kernels(images)
-    if at_once >= images:
-        return whole
+    """What ``kernels`` gives for so many images at a time, one after the other; the first ``shared`` scratch buffers
+    are the same for all."""
     counts = [min(at_once, images - first) for first in range(0, images, at_once)]
-    parts = [(count, kernels(count)) for count in counts]
-    return stacked(Kernels((), parts[0][1].scratch), parts, image_bytes) or whole
+    made = {count: kernels(count) for count in dict.fromkeys(counts)}
+    if len(counts) == 1:
+        return made[images]
+    before = Kernels((), made[at_once].scratch[:shared])
+    return stacked(before, [(count, made[count]) for count in counts], image_bytes) or kernels(images)
 
 
 def columns_pitch(k: int, dtype: DType) -> int:
@@ -157,48 +162,61 @@ def _columns(case: Case, capabilities: Capabilities) -> Iterator[tuple[str, Kern
         image_bytes["input", case.residual] = y_bytes
     at_once = images_at_once(g, case.dtype, list(image_bytes.values()))
 
-    def some(images: int) -> tuple[Case, Case]:
-        """The convolution of so many, and the product with their columns."""
-        part = replace(case, geometry=replace(g, images=images))
-        pixels = g.pointwise(part.geometry.pixels, pitch)
-        return part, replace(case, geometry=pixels, weight=lambda texels: read(1, texels=texels))
+    # Rows of whole words of the weight are written once, for all images.
+    padded = (
+        None if pitch == g.k else _written(g.pointwise(g.outputs, g.k), case.dtype, case.weight(False), 1, capabilities)
+    )
 
-    def linear(images: int) -> Kernels:
-        part, pixels = some(images)
+    def of_products(product: Callable[[Case], Kernels]) -> Kernels:
+        """``product`` gives the kernels of a convolution of single pixels."""
+
+        def some(images: int) -> Kernels:
+            part = replace(case, geometry=replace(g, images=images))
+            return _of_columns(part, product(_pixels(part)), capabilities)
+
+        parts = of_images(g.images, at_once, some, image_bytes, 1 if padded is None else 2)
+        return parts if padded is None else replace(parts, dispatches=(padded, *parts.dispatches))
+
+    def linear(pixels: Case) -> Kernels:
         product = Product(pixels.geometry.pixels, g.outputs, pitch, case.dtype, transpose_b=True)
-        return _of_columns(part, product_kernels(product, slots, capabilities), capabilities)
+        return product_kernels(product, slots, capabilities)
 
-    yield "columns", of_images(g.images, at_once, linear, image_bytes)
-    for tile in matrix_tiles(some(at_once)[1].geometry, False, capabilities) if case.half else []:
+    yield "columns", of_products(linear)
+    few = _pixels(replace(case, geometry=replace(g, images=at_once)))
+    for tile in matrix_tiles(few.geometry, False, capabilities) if case.half else []:
 
-        def matrix(images: int, tile: Tile = tile) -> Kernels:
-            part, pixels = some(images)
-            return _of_columns(part, Kernels((_matrix(pixels, tile, capabilities),)), capabilities)
+        def matrix(pixels: Case, tile: Tile = tile) -> Kernels:
+            return Kernels((_matrix(pixels, tile, capabilities),))
 
-        yield f"columns_matrix_{tile.name}", of_images(g.images, at_once, matrix, image_bytes)
+        yield f"columns_matrix_{tile.name}", of_products(matrix)
+
+
+def _pixels(case: Case) -> Case:
+    """The product with its columns, as a convolution of single pixels."""
+    g = case.geometry
+    product = g.pointwise(g.pixels, columns_pitch(g.k, case.dtype))
+    return replace(case, geometry=product, weight=lambda texels: read(1, texels=texels))
 
 
 def _of_columns(case: Case, product: Kernels, capabilities: Capabilities) -> Kernels:
-    """A product whose operands are inputs 0 and 1, of columns."""
+    """A product whose operands are inputs 0 and 1, of columns in scratch buffer 0; where rows are padded, those of the
+    weight are in buffer 1, and others write them."""
     g = case.geometry
     pitch = columns_pitch(g.k, case.dtype)
-    own = len(product.scratch)
-    places = {0: scratch_read(own), 1: case.weight(False) if pitch == g.k else scratch_read(own + 1)}
+    sizes = [count * pitch * case.dtype.bits // 8 for count in ((g.pixels,) if pitch == g.k else (g.pixels, g.outputs))]
+    places = {0: scratch_read(0), 1: case.weight(False) if pitch == g.k else scratch_read(1)}
 
     def moved(arg: Arg) -> Arg:
+        if arg.role == "scratch":
+            return replace(arg, index=arg.index + len(sizes))
         if arg.role != "input" or arg.index not in places:
             return arg
         there = places[arg.index]
         return replace(arg, role=there.role, index=there.index, layout=there.layout)
 
-    sizes = [g.pixels * pitch * case.dtype.bits // 8]
-    first = [_written(g, case.dtype, read(0), own, capabilities)]
-    if pitch != g.k:
-        rows = g.pointwise(g.outputs, g.k)
-        first.append(_written(rows, case.dtype, case.weight(False), own + 1, capabilities))
-        sizes.append(g.outputs * pitch * case.dtype.bits // 8)
     rest = (replace(each, buffers=tuple(map(moved, each.buffers))) for each in product.dispatches)
-    return Kernels((*first, *rest), (*product.scratch, *sizes))
+    columns = _written(g, case.dtype, read(0), 0, capabilities)
+    return Kernels((columns, *rest), (*sizes, *product.scratch))
 
 
 def _matrix(case: Case, tile: Tile, capabilities: Capabilities) -> Dispatch:
